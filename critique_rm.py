@@ -17,10 +17,32 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from functools import cache, cached_property
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import jinja2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+T = TypeVar("T")
 
 # --------------------------------------------------------------------------------------------------
 # Errors and messages
@@ -108,7 +130,7 @@ def read_answers(source: str) -> list[Answer]:
     return [
         Answer(
             _prompt(row, where),
-            _text(row, "response", where),
+            _text(row, "response", where, may_be_empty=True),
             _critiques(row, "critique", where),
             str(row.get("id", "")),
         )
@@ -153,7 +175,7 @@ def _read_rows(source: str) -> Iterator[tuple[str, dict]]:
             stream = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             is_array = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
             yield from (_read_array if is_array else _read_lines)(source, stream)
-    except (OSError, EOFError, gzip.zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CritiqueRMError(f"{source}: cannot be read ({error}); is the file complete?") from None
 
 
@@ -240,7 +262,7 @@ def _parse_preference(row: dict, where: str) -> Pair:
     whole = bool(start_c) and ("prompt" not in row or start_c[0].role != "assistant")
     prompt = start_c if whole else _prompt(row, where) + start_c
     for side, response in zip(SIDES, (chosen, rejected)):
-        _text({side: response}, side, where)
+        _text({side: response}, side, where, may_be_empty=True)
     try:
         margin = float(row.get("margin") or 0.0)
     except (TypeError, ValueError):
@@ -304,14 +326,14 @@ def _parse_llmbar(row: dict, where: str) -> Pair:
     if row.get("label") not in (1, 2):
         raise CritiqueRMError(f"{where}: 'label' is {_shorten(row.get('label'))}; expected 1 or 2")
     prompt = (Message("user", _text(row, "input", where)),)
-    outputs = [_text(row, name, where) for name in ("output_1", "output_2")]
+    outputs = [_text(row, name, where, may_be_empty=True) for name in ("output_1", "output_2")]
     return Pair(_id(row, "id", where), prompt, outputs[row["label"] - 1], outputs[2 - row["label"]])
 
 
 def _turns(row: dict, side: str, where: str) -> tuple[tuple[Message, ...], str]:
     """The messages before the response (none for plain text), and the response."""
     if not isinstance(row.get(side), list):
-        return (), _text(row, side, where)
+        return (), _text(row, side, where, may_be_empty=True)  # a model may answer nothing
     messages = _messages(row[side], side, where)
     if not messages or messages[-1].role != "assistant":
         raise CritiqueRMError(f"{where}: the last message of {side!r} is not the assistant's")
@@ -369,3 +391,782 @@ def _text(row: dict, field: str, where: str, may_be_empty: bool = False) -> str:
 def _shorten(value: object) -> str:
     text = ascii(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+# --------------------------------------------------------------------------------------------------
+# Text and tokens
+
+SEPARATOR = "\n\nCritique: "  # between response and critique, inside the assistant's message
+PLAIN_TEMPLATE = (  # for tokenizers without a chat template of their own
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message.role | capitalize }}: {{ message.content }}"
+    "{{ eos_token if loop.last else '\n\n' }}{% endfor %}"
+)
+# Llama 3 and SmolLM3 print today's date; a macro of that name hides theirs, here and wherever the
+# saved template is used, so that a reward does not depend on the day.
+FROZEN_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+MIN_TEXT_TOKENS = 16  # prompt and response are never cut to less than this together
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of a pair: one sequence per critique on each side (one without critiques)."""
+
+    pair: Pair
+    chosen: list[np.ndarray]  # each (T,) int32
+    rejected: list[np.ndarray]
+
+
+class Encoder:
+    """Turns text into token ids: the only place where it happens, for training and scoring.
+
+    The chat template is rendered around placeholders, so it never sees the data, and the data is
+    put into the rendered text afterwards. Where the tokenizer then finds a control token (any
+    added token, special or not) that the template did not write, the text between the template's
+    own control tokens is encoded as ordinary text: `<|im_end|>` in a response stays eight letters.
+
+    A sequence ends with exactly one end token (the template's own end of turn, else the eos token)
+    and begins with at most one bos token (the template's). `keep_tail` leaves what a template
+    writes after its end token, for models of others that were trained on it.
+
+    Raises CritiqueRMError when the tokenizer is not a fast one or has no end token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_length_tokens: int,
+        use_critiques: bool,
+        keep_tail: bool = False,
+    ) -> None:
+        self.tokenizer, self.max_length_tokens = tokenizer, max_length_tokens
+        self.use_critiques, self.keep_tail = use_critiques, keep_tail
+        if not tokenizer.is_fast:
+            raise CritiqueRMError("the tokenizer has no tokenizer.json; save it as a fast tokenizer")
+        if tokenizer.chat_template is None:
+            say("tokenizer without chat template: using plain 'User: … Assistant: …' text")
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        if "strftime_now" in tokenizer.chat_template and FROZEN_DATE not in tokenizer.chat_template:
+            tokenizer.chat_template = FROZEN_DATE + tokenizer.chat_template
+        # runs of white space that some vocabularies (Gemma) add are text like any other
+        self.control_ids = {
+            token.content: i
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if len(token.content.strip()) > 1
+        }
+        longest_first = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
+        self._control = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self.skeleton = cache(self._skeleton)
+        self.counts: Counter[str] = Counter()
+
+    def _skeleton(self, roles: tuple[str, ...]) -> list[str | tuple[int, bool, bool]]:
+        """The rendered template as literal text and slots (message, strip left, strip right).
+
+        An em space on each side of the placeholder shows whether the template strips the content.
+        """
+        marked = [
+            {"role": role, "content": f"\u2003\ue000{n}\ue001\u2003"} for n, role in enumerate(roles)
+        ]
+        try:
+            text = self.tokenizer.apply_chat_template(marked, tokenize=False)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise CritiqueRMError(
+                f"the chat template refuses the turns {', '.join(roles)}: {error}; "
+                "change the prompts or the template"
+            ) from None
+        literals = re.split("(\u2003?)\ue000(\\d+)\ue001(\u2003?)", text)
+        tail = literals.pop()
+        if not literals or int(literals[-2]) != len(roles) - 1:
+            raise CritiqueRMError("the chat template does not end with the assistant's message")
+        pieces: list[str | tuple[int, bool, bool]] = []
+        for literal, left, n, right in zip(*(literals[k::4] for k in range(4))):
+            pieces += [literal, (int(n), not left, not right)]
+        return [*pieces, tail if self.keep_tail else self._end(tail)]
+
+    def _end(self, tail: str) -> str:
+        """Cuts what follows the first control token after the response, or adds the eos token."""
+        if match := self._control.search(tail):
+            return tail[: match.end()]
+        if not self.tokenizer.eos_token:
+            raise CritiqueRMError("the tokenizer has no end token; set its eos_token")
+        return tail.rstrip() + self.tokenizer.eos_token
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation that ends with the assistant's message, as it is encoded."""
+        return "".join(text for text, _ in self._pieces(messages))
+
+    def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
+        """Yields (text, whether the template wrote it)."""
+        for piece in self.skeleton(tuple(message.role for message in messages)):
+            if isinstance(piece, str):
+                yield piece, True
+            else:
+                n, left, right = piece
+                content = messages[n].content
+                content = content.lstrip() if left else content
+                yield content.rstrip() if right else content, False
+
+    def encode(self, messages: Sequence[Message]) -> np.ndarray:
+        """Token ids (T,) int32 of a conversation that ends with the assistant's message."""
+        pieces = list(self._pieces(messages))
+        text = "".join(text for text, _ in pieces)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        known = set(self.control_ids.values())
+        own = [
+            self.control_ids[token]
+            for text, is_template in pieces
+            if is_template
+            for token in self._control.findall(text)
+        ]
+        if [i for i in ids if i in known] != own:  # the data holds text like a control token
+            ids = self._encode_runs(pieces)
+        bos = self.tokenizer.bos_token_id
+        if len(ids) > 1 and ids[0] == ids[1] == bos:
+            ids = ids[1:]
+        return np.array(ids, np.int32)
+
+    @cached_property
+    def end_id(self) -> int:
+        """The token every sequence ends with: the reward is read there."""
+        return int(self.encode((Message("user", "a"), Message("assistant", "b")))[-1])
+
+    def _encode_runs(self, pieces: list[tuple[str, bool]]) -> list[int]:
+        """Encodes text between the template's control tokens with nothing but the base vocabulary."""
+        ids: list[int] = []
+        run = ""
+        for text, is_template in [*pieces, ("", True)]:
+            parts = self._control.split(text) if is_template else [text]
+            for n, part in enumerate(parts):
+                if n % 2 == 0:
+                    run += part
+                else:
+                    ids += [*self._encode_ordinary(run), self.control_ids[part]]
+                    run = ""
+        return ids + self._encode_ordinary(run)
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        ids = self._base.encode(text, add_special_tokens=False).ids
+        known = set(self.control_ids.values())
+        if known.intersection(ids):  # the base vocabulary itself can spell it: letter by letter
+            ids = [i for letter in text for i in self._base.encode(letter).ids if i not in known]
+        return ids
+
+    @cached_property
+    def _base(self) -> Tokenizer:
+        """The same tokenizer without any added token."""
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return Tokenizer.from_str(json.dumps(spec | {"added_tokens": [], "post_processor": None}))
+
+    def encode_answers(self, answers: Sequence[Answer]) -> list[list[np.ndarray]] | None:
+        """Encodes answers to one prompt: for each answer one sequence per critique.
+
+        Within `max_length_tokens` each critique and the end token are kept whole; the responses
+        keep their beginning, the prompt its end, cut at the same place for all answers. None if
+        even that does not fit.
+        """
+        prompt = answers[0].prompt
+        encoded = self._encode_cut(prompt, answers, [a.response for a in answers])
+        if self._excess(encoded) <= 0:
+            return encoded
+        blank = tuple(Message(m.role, "") for m in prompt)
+        fixed = self._encode_cut(blank, answers, [""] * len(answers))
+        room = [self.max_length_tokens - max(map(len, sequences)) for sequences in fixed]
+        sizes = [len(self._offsets(a.response)) for a in answers]
+        while min(room) >= MIN_TEXT_TOKENS:
+            n_prompt = min(max(r - size, r // 2) for r, size in zip(room, sizes))
+            cut = self._cut_prompt(prompt, n_prompt)
+            used = sum(len(self._offsets(m.content)) for m in cut)
+            responses = [self._cut_response(a.response, r - used) for a, r in zip(answers, room)]
+            encoded = self._encode_cut(cut, answers, responses)
+            if (excess := self._excess(encoded)) <= 0:
+                self.counts["truncated"] += 1
+                return encoded
+            room = [r - excess for r in room]  # tokens that merge across a cut
+        self.counts["dropped as too long"] += 1
+        return None
+
+    def _encode_cut(
+        self, prompt: Sequence[Message], answers: Sequence[Answer], responses: list[str]
+    ) -> list[list[np.ndarray]]:
+        encoded = []
+        for answer, response in zip(answers, responses):
+            critiques = answer.critiques if self.use_critiques else ()
+            texts = [response + SEPARATOR + c for c in critiques] or [response]
+            encoded.append([self.encode((*prompt, Message("assistant", text))) for text in texts])
+        return encoded
+
+    def _excess(self, encoded: list[list[np.ndarray]]) -> int:
+        return max(map(len, itertools.chain(*encoded))) - self.max_length_tokens
+
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        options = {"add_special_tokens": False, "return_offsets_mapping": True}
+        return self.tokenizer(text, **options)["offset_mapping"]
+
+    def _cut_response(self, text: str, n_tokens: int) -> str:
+        offsets = self._offsets(text)
+        return text if len(offsets) <= n_tokens else text[: offsets[n_tokens][0]]
+
+    def _cut_prompt(self, prompt: Sequence[Message], n_tokens: int) -> list[Message]:
+        """Keeps the last tokens: what is asked stands at the end of a conversation."""
+        kept = []
+        for role, content in reversed(prompt):
+            offsets = self._offsets(content)
+            if len(offsets) > n_tokens:
+                content = content[offsets[-n_tokens][0] :] if n_tokens else ""
+            n_tokens -= min(n_tokens, len(offsets))
+            kept.append(Message(role, content))
+        return kept[::-1]
+
+    def encode_pairs(self, pairs: Sequence[Pair], source: str) -> list[EncodedPair]:
+        """Encodes pairs; says how many were cut or left out, and why (never invents a critique).
+
+        Raises CritiqueRMError if no pair is left.
+        """
+        self.counts.clear()
+        encoded = [e for pair in pairs if (e := self._encode_pair(pair))]
+        changes = ", ".join(f"{n} {what}" for what, n in self.counts.items()) or "none cut or left out"
+        say(f"{source}: {len(encoded)} of {len(pairs)} pairs used; {changes}")
+        if not encoded:
+            hint = f"; {CRITIQUES_MISSING}" if self.counts["without critique"] else ""
+            raise CritiqueRMError(f"{source}: no pair is left to use ({changes}){hint}")
+        return encoded
+
+    def _encode_pair(self, pair: Pair) -> EncodedPair | None:
+        if self.use_critiques and not (pair.chosen_critiques and pair.rejected_critiques):
+            self.counts["without critique"] += 1
+            return None
+        sides = self.encode_answers(pair.answers)
+        if sides is None:
+            return None
+        if [ids.tolist() for ids in sides[0]] == [ids.tolist() for ids in sides[1]]:
+            self.counts["with equal token sequences"] += 1
+            return None
+        return EncodedPair(pair, *sides)
+
+
+# --------------------------------------------------------------------------------------------------
+# Packing
+
+
+@dataclass(frozen=True)
+class Trie:
+    """Sequences that share beginnings, each shared token once, in depth-first order.
+
+    Token k is the same as or an ancestor of token q exactly if k <= q < ends[k]: the attention mask
+    of a trie is two comparisons. Positions are depths, so they continue along each path.
+    """
+
+    ids: np.ndarray  # (T,) int32
+    positions: np.ndarray  # (T,) int32, depth in the trie
+    ends: np.ndarray  # (T,) int32, end of the subtree below each token
+    last: np.ndarray  # (S,) int32, index of each sequence's last token
+    numbers: np.ndarray  # (S,) int32, the caller's number of each sequence
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def build_trie(sequences: Sequence[np.ndarray], numbers: Sequence[int]) -> Trie:
+    """Builds the prefix trie of token sequences, found on ids alone."""
+    total = sum(map(len, sequences))
+    ids, positions, ends = np.empty((3, total), np.int32)
+    last = np.empty(len(sequences), np.int32)
+    path = previous = np.empty(0, np.int32)  # where each token of the current path stands
+    n = 0
+    for s in sorted(range(len(sequences)), key=lambda s: sequences[s].tolist()):
+        sequence = sequences[s]
+        shared = _common_prefix(previous, sequence)
+        new = np.arange(n, n + len(sequence) - shared, dtype=np.int32)
+        ends[path[shared:]] = n  # the branches left behind end here
+        ids[new] = sequence[shared:]
+        positions[new] = np.arange(shared, len(sequence))
+        path, previous, n = np.concatenate([path[:shared], new]), sequence, n + len(new)
+        last[s] = path[-1]
+    ends[path] = n
+    return Trie(ids[:n], positions[:n], ends[:n], last, np.array(numbers, np.int32))
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+def build_tries(sequences: Sequence[np.ndarray], numbers: Sequence[int], share: bool) -> list[Trie]:
+    """One trie of all sequences, or one of each where a model cannot share prefixes."""
+    if share:
+        return [build_trie(sequences, numbers)]
+    return [build_trie([sequence], [number]) for sequence, number in zip(sequences, numbers)]
+
+
+def pack(units: Sequence[Sequence[Trie]], budget_tokens: int, share: bool) -> list[list[list[Trie]]]:
+    """Packs units of tries into micro-batches of rows; the tries of a unit stay together.
+
+    The longest unit left sets the width of a micro-batch's rows and so their number; shorter tries
+    then fill the rows (first fit, longest first). A row is never wider than its longest trie, so
+    attention, quadratic in the row, costs what it would without packing.
+    """
+    waiting = sorted(units, key=lambda unit: -max(map(len, unit)))  # stable
+    batches = []
+    while waiting:
+        width = max(map(len, waiting[0]))
+        n_rows = max(len(waiting[0]), budget_tokens // width)
+        rows: list[list[Trie]] = [[] for _ in range(n_rows)]
+        free, left = [width] * n_rows, []
+        for unit in waiting:
+            space, places = list(free), []
+            for trie in unit:
+                r = next((r for r in range(n_rows) if space[r] >= len(trie)), None)
+                if r is None:
+                    break
+                space[r] = space[r] - len(trie) if share else 0
+                places.append(r)
+            if len(places) < len(unit):
+                left.append(unit)
+                continue
+            free = space
+            for r, trie in zip(places, unit):
+                rows[r].append(trie)
+        batches.append([row for row in rows if row])
+        waiting = left
+    return batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: rows of tries, padded to one length, and where to read the rewards."""
+
+    ids: Tensor  # (R, T) int64
+    positions: Tensor  # (R, T) int64
+    ends: Tensor  # (R, T) int64
+    last: Tensor  # (2, S) int64, row and column of each sequence's last token
+    numbers: Tensor  # (S,) int64, the caller's number of each sequence
+    n_tokens: int  # without padding
+
+
+def collate(rows: Sequence[Sequence[Trie]], device: torch.device) -> Batch:
+    """Lays out rows of tries as tensors; without rows, one padding token and no sequence."""
+    width = max((sum(map(len, row)) for row in rows), default=1)
+    shape = (max(1, len(rows)), width)
+    ids, positions = np.zeros((2, *shape), np.int64)
+    ends = np.broadcast_to(np.arange(1, width + 1), shape).copy()  # padding sees only itself
+    last, numbers = [np.empty((2, 0), np.int64)], [np.empty(0, np.int64)]
+    for r, row in enumerate(rows):
+        start = 0
+        for trie in row:
+            place = slice(start, start + len(trie))
+            ids[r, place], positions[r, place], ends[r, place] = trie.ids, trie.positions, trie.ends
+            ends[r, place] += start
+            last.append(np.stack([np.full(len(trie.last), r), trie.last + start]))
+            numbers.append(trie.numbers)
+            start += len(trie)
+    n_tokens = sum(len(trie) for row in rows for trie in row)
+    arrays = ids, positions, ends, np.concatenate(last, 1), np.concatenate(numbers)
+    return Batch(*(torch.from_numpy(a.astype(np.int64)).to(device) for a in arrays), n_tokens)
+
+
+def deal(
+    units: Sequence[Sequence[Trie]], budget_tokens: int, share: bool
+) -> list[list[list[Trie]]]:
+    """This rank's micro-batches: units dealt longest first to the rank with the fewest tokens.
+
+    All ranks get equally many micro-batches, some of them empty, because computing one is a
+    collective call.
+    """
+    shares: list[list[Sequence[Trie]]] = [[] for _ in range(dist.get_world_size())]
+    loads = [0] * len(shares)
+    for unit in sorted(units, key=lambda unit: -sum(map(len, unit))):
+        rank = loads.index(min(loads))
+        shares[rank].append(unit)
+        loads[rank] += sum(map(len, unit))
+    packed = [pack(units, budget_tokens, share) for units in shares]
+    mine = packed[dist.get_rank()]
+    return mine + [[]] * (max(map(len, packed)) - len(mine))
+
+
+def attention_masks(batch: Batch, config: PreTrainedConfig, dtype: torch.dtype):
+    """The additive masks (R, 1, T, T): 0 where a token may look, the lowest number elsewhere.
+
+    A token sees itself and its ancestors in the trie. Sliding-window layers see of those the last
+    `sliding_window` positions; models with both kinds of layer take one mask per kind. Never
+    boolean: eager attention would add it.
+    """
+    index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    key, query = index[None, None, :], index[None, :, None]
+    seen = (key <= query) & (query < batch.ends[:, None, :])  # (R, T, T)
+    distance = batch.positions[:, :, None] - batch.positions[:, None, :]
+    window = getattr(config, "sliding_window", None)
+
+    def additive(allowed: Tensor) -> Tensor:
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return additive(seen & (distance < window) if window else seen)
+    return {
+        kind: additive(seen & (distance < window) if kind == "sliding_attention" else seen)
+        for kind in sorted(set(kinds))
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes
+
+
+def start_processes() -> tuple[torch.device, DeviceMesh]:
+    """Joins the process group, of size 1 without torchrun: one code path for one and many."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
+    return device, init_device_mesh(kind, (dist.get_world_size(),))
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where there are units for it; a CPU without them is 100 times slower in bf16."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """Calls a function on rank 0; its result, or its error, reaches all ranks."""
+    outcome: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except CritiqueRMError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise CritiqueRMError(outcome[1])
+    return outcome[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Model
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CritiqueRMError(f"{folder}: no usable tokenizer ({_first_line(error)})") from None
+
+
+def load_config(folder: str) -> PreTrainedConfig:
+    """Reads and checks config.json; the result describes a reward model: one label, no dropout."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CritiqueRMError(f"{folder}: no usable config.json ({_first_line(error)})") from None
+    if getattr(config, "auto_map", None):
+        raise CritiqueRMError(f"{folder}: the model asks to run its own code; that is never done")
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise CritiqueRMError(
+            f"{folder}: transformers has no sequence classification for {config.model_type!r} models"
+        )
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)  # both sides of a pair must see the same network
+    config.num_labels = 1
+    config.use_cache = False
+    return config
+
+
+def build_model(config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: DeviceMesh):
+    """Builds a sharded model without weights; `read_weights` fills it.
+
+    The parameters are fp32 and sharded (FSDP2) block by block, then the rest of the trunk, then the
+    head, so that the trunk computes in `compute_dtype` and the head in fp32. Nothing is allocated
+    before it is sharded: no rank holds the whole model.
+    """
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise CritiqueRMError(
+            f"{type(model).__name__} has no linear head named 'score'; use a decoder model"
+        )
+    return shard(model, compute_dtype, mesh)
+
+
+def shard(model: PreTrainedModel, compute_dtype: torch.dtype, mesh: DeviceMesh) -> PreTrainedModel:
+    trunk, head = trunk_and_head(model)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    blocks = next(m for m in trunk.modules() if isinstance(m, nn.ModuleList))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(trunk, mesh=mesh, mp_policy=policy)
+    fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    return model
+
+
+def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
+    return getattr(model, model.base_model_prefix), model.score
+
+
+def read_weights(
+    model: PreTrainedModel, folder: str, device: torch.device, head_seed: int | None = None
+) -> None:
+    """Fills a model from a folder's safetensors, each rank reading its part.
+
+    With `head_seed` the folder is a language model and the head starts anew; without it the head
+    must be in the folder. Keys of a language model may carry the trunk's prefix or not.
+
+    Raises CritiqueRMError for pickled weights, for missing keys and for shapes that do not match.
+    """
+    if not list(Path(folder).glob("*.safetensors")):
+        raise CritiqueRMError(
+            f"{folder}: no *.safetensors file; convert pickled weights elsewhere with "
+            "model.save_pretrained(folder, safe_serialization=True)"
+        )
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device=device)
+        model.init_weights()  # for the buffers no file holds (rotary frequencies, embedding scales)
+    reader = HuggingFaceStorageReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    prefix = model.base_model_prefix + "."
+    names = {name: p for name, p in model.state_dict().items()}
+    if not any(key.startswith(prefix) for key in stored):
+        names = {name.removeprefix(prefix): p for name, p in names.items()}
+    if head_seed is not None:
+        names = {name: p for name, p in names.items() if not name.startswith("score.")}
+        init_head(model, head_seed)
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise CritiqueRMError(
+            f"{folder}: {len(missing)} weights are not in its safetensors, such as "
+            f"{', '.join(missing[:3])}; "
+            + ("it has no reward head" if missing == ["score.weight"] else "its keys do not match")
+        )
+    for name, p in names.items():
+        if stored[name].size != p.shape:
+            raise CritiqueRMError(
+                f"{folder}: {name} is {list(stored[name].size)}, expected {list(p.shape)}"
+            )
+    dcp.load(names, storage_reader=reader)
+
+
+def init_head(model: PreTrainedModel, seed: int) -> None:
+    """Draws the head from N(0, 1/(H+1)): rewards start near N(0, 1), the same for any rank count.
+
+    The deviation is that of Stiennon et al. 2020, "Learning to summarize from human feedback".
+    """
+    weight = model.score.weight
+    values = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    values /= math.sqrt(weight.shape[1] + 1)
+    with torch.no_grad():
+        weight.copy_(distribute_tensor(values, weight.device_mesh, weight.placements))
+
+
+def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str) -> None:
+    """Writes a plain Hugging Face folder, its weights shard by shard. A collective call.
+
+    Everything is written beside its final place first and moved at the end.
+    """
+    draft = folder / "draft"
+    writer = HuggingFaceStorageWriter(str(draft), save_distributed=True, enable_consolidation=True)
+    dcp.save(model.state_dict(), storage_writer=writer)
+    if dist.get_rank() == 0:
+        shutil.rmtree(draft / "sharded")  # what the writer leaves behind
+        model.config.save_pretrained(draft)
+        encoder.tokenizer.save_pretrained(draft)
+        (draft / "README.md").write_text(card)
+        for path in draft.iterdir():
+            path.replace(folder / path.name)
+        draft.rmdir()
+    dist.barrier()
+
+
+def shares_prefixes(config: PreTrainedConfig) -> bool:
+    """Whether all layers attend by mask alone; recurrent or chunked layers cannot share a prefix."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return kinds <= {"full_attention", "sliding_attention"}
+
+
+def compute_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Rewards (S,) fp32 of the sequences of a micro-batch, read at each one's last token."""
+    trunk, head = trunk_and_head(model)
+    dtype = next(trunk.parameters()).dtype
+    if shares_prefixes(model.config):
+        masks = attention_masks(batch, model.config, dtype)
+    else:  # one sequence per row: the model makes its own masks from what is not padding
+        columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        masks = (batch.positions == columns).long()
+    hidden = trunk(
+        input_ids=batch.ids, attention_mask=masks, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state  # (R, T, H)
+    return head(hidden[batch.last[0], batch.last[1]].float()).squeeze(-1)  # (S,)
+
+
+def choose_pad_token(config: PreTrainedConfig, encoder: Encoder) -> None:
+    """Makes the pad token differ from the end token, in the config and in the tokenizer.
+
+    Hugging Face's classifiers read the last token that is not padding: with pad = end they read the
+    token before the end and give another reward than ours. None if no token is left: they then
+    score one sequence at a time.
+    """
+    tokenizer = encoder.tokenizer
+    tokenizer.padding_side = "right"
+    wanted = [tokenizer.pad_token_id, tokenizer.unk_token_id, *encoder.control_ids.values()]
+    usable = [i for i in wanted if i is not None and i != encoder.end_id]
+    config.pad_token_id = usable[0] if usable else None
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable[0]) if usable else None
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss
+
+
+def pairwise_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor, centering: float = 0.0
+) -> Tensor:
+    """Bradley-Terry loss, summed: −log σ(r⁺ − r⁻ − margin), with r⁺, r⁻ and margins (B,) in fp32.
+
+    `centering` × (r⁺ + r⁻)² keeps rewards near zero (Eisenstein et al. 2023, arXiv 2312.09244).
+    """
+    loss = -F.logsigmoid(chosen - rejected - margins)
+    return (loss + centering * (chosen + rejected) ** 2).sum()
+
+
+# --------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def load_reward_model(
+    folder: str, use_critiques: bool | None = None, max_length_tokens: int | None = None
+) -> tuple[PreTrainedModel, Encoder]:
+    """Loads a reward model to score with: one of train.py's folders, or any like it.
+
+    What the arguments leave open comes from the folder; a model of others is read with critiques,
+    up to its longest input or 4,096 tokens, and to the last token its template writes.
+    """
+    device, mesh = start_processes()
+    config = load_config(folder)
+    ours = getattr(config, "critique_rm", {})
+    longest = min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
+    encoder = Encoder(
+        load_tokenizer(folder),
+        max_length_tokens or ours.get("max_length_tokens", longest),
+        ours.get("critiques", True) if use_critiques is None else use_critiques,
+        keep_tail=not ours,
+    )
+    model = build_model(config, compute_dtype(device), mesh)
+    read_weights(model, folder, device)
+    return model.eval(), encoder
+
+
+def score_answers(
+    model: PreTrainedModel, encoder: Encoder, answers: Sequence[Answer], budget_tokens: int = 4096
+) -> list[float | None]:
+    """One reward per answer, the mean over its critiques; None where it cannot be read whole.
+
+    That is: without a critique where the model reads critiques, or too long. A collective call.
+    """
+    usable = [bool(a.critiques) or not encoder.use_critiques for a in answers]
+    encoded = [encoder.encode_answers([a]) if ok else None for a, ok in zip(answers, usable)]
+    rewards = iter(score_groups(model, [e[0] for e in encoded if e], budget_tokens))
+    return [float(np.mean(next(rewards))) if e else None for e in encoded]
+
+
+ROW_TOKENS = 512  # in longer rows attention costs more than sharing saves
+
+
+@torch.no_grad()
+def score_groups(
+    model: PreTrainedModel, groups: Sequence[Sequence[np.ndarray]], budget_tokens: int
+) -> list[list[float]]:
+    """Rewards of groups of sequences (a group shares a prompt), each distinct sequence once.
+
+    A collective call: every rank scores its share and all of them get all the rewards.
+    """
+    share = shares_prefixes(model.config)
+    number: dict[bytes, int] = {}
+    units: list[list[Trie]] = []
+    for group in groups:
+        new = {s.tobytes(): s for s in group if s.tobytes() not in number}
+        for part in _split_group(sorted(new.values(), key=lambda s: s.tolist())):
+            numbers = range(len(number), len(number) + len(part))
+            number.update(zip((s.tobytes() for s in part), numbers))
+            units += [[trie] for trie in build_tries(part, numbers, share)]
+    device = next(model.parameters()).device
+    rewards = torch.zeros(len(number), dtype=torch.float64, device=device)
+    for rows in deal(units, budget_tokens, share):
+        batch = collate(rows, device)
+        rewards[batch.numbers] = compute_rewards(model, batch).double()
+    dist.all_reduce(rewards)
+    values = rewards.tolist()
+    return [[values[number[s.tobytes()]] for s in group] for group in groups]
+
+
+def _split_group(sequences: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Splits sorted sequences so that the trie of each part fits a row."""
+    part, n_tokens, previous = [], 0, np.empty(0, np.int32)
+    for sequence in sequences:
+        new = len(sequence) - _common_prefix(previous, sequence)
+        if part and n_tokens + new > ROW_TOKENS:
+            yield part
+            part, n_tokens, new = [], 0, len(sequence)
+        part, n_tokens, previous = [*part, sequence], n_tokens + new, sequence
+    if part:
+        yield part
+
+
+def score_pairs(
+    model: PreTrainedModel, pairs: Sequence[EncodedPair], budget_tokens: int
+) -> list[tuple[float, float]]:
+    """(chosen, rejected) rewards of pairs, each the mean over its critiques. A collective call."""
+    by_prompt: dict[tuple[Message, ...], list[EncodedPair]] = {}
+    for encoded in pairs:
+        by_prompt.setdefault(encoded.pair.prompt, []).append(encoded)
+    groups = [
+        [sequence for encoded in group for sequence in (*encoded.chosen, *encoded.rejected)]
+        for group in by_prompt.values()
+    ]
+    rewards: dict[str, tuple[float, float]] = {}
+    for group, values in zip(by_prompt.values(), score_groups(model, groups, budget_tokens)):
+        stream = iter(values)
+        for encoded in group:
+            means = [
+                sum(itertools.islice(stream, len(side))) / len(side)
+                for side in (encoded.chosen, encoded.rejected)
+            ]
+            rewards[encoded.pair.id] = means[0], means[1]
+    return [rewards[encoded.pair.id] for encoded in pairs]
+
+
+def write_scores(
+    path: Path, pairs: Sequence[EncodedPair], rewards: Sequence[tuple[float, float]]
+) -> None:
+    """Writes one JSON line a pair: ids, rewards and what a length-only judge would go by."""
+    lines = []
+    for encoded, (chosen, rejected) in zip(pairs, rewards):
+        pair = encoded.pair
+        row = {
+            "id": pair.id,
+            "prompt_id": digest(pair.prompt),
+            "subset": pair.subset,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+        }
+        for side, answer in zip(SIDES, pair.answers):
+            row[f"{side}_words"] = len(answer.response.split())
+            counts = [len(critique.split()) for critique in answer.critiques]
+            row[f"{side}_critique_words"] = sum(counts) / len(counts) if counts else None
+        lines.append(json.dumps(row) + "\n")
+    replace_file(path, "".join(lines))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file so that at any moment either the old or the whole new one is there."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,631 @@
+"""Trains a reward model that reads critiques, and tests it.
+
+    torchrun train.py                                   # the embedded data and a tiny model
+    torchrun --nproc-per-node 8 train.py --model NAME_OR_DIR --train A.jsonl --test B.jsonl
+
+Reads preference pairs (see `read_pairs` in critique_rm.py). Leaves in RUN a plain Hugging Face
+sequence-classification folder, run.json (what ran, and its results), metrics.jsonl (one line a
+step) and scores-TEST.jsonl (one line a test pair). Progress goes to stderr; the last line of stdout
+is one JSON object.
+
+Minimises −log σ(r(x, y⁺, c⁺) − r(x, y⁻, c⁻)), the Bradley-Terry loss of arXiv 2405.20850.
+Hyper-parameters are ours: the paper's are not known to us.
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import torch.distributed as dist
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from tqdm import tqdm
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+import critique_rm as rm
+from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, say
+
+DATA = Path(__file__).parent / "data"
+MAY_CHANGE_ON_RESUME = ("out", "resume", "overwrite", "micro_batch_tokens", "save_every_steps")
+LOG_2 = math.log(2)
+
+# --------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    data = parser.add_argument_group("data and model")
+    data.add_argument("--model", default="tiny", help="folder, Hub name, or 'tiny' (from scratch)")
+    data.add_argument("--train", help="pairs to train on (default: the embedded ones)")
+    data.add_argument("--test", action="append", help="pairs to test on; may be repeated")
+    data.add_argument("--no-critiques", action="store_true", help="the baseline r(x, y)")
+    data.add_argument("--max-pairs", type=positive_int, help="the first N in the seeded order")
+    data.add_argument("--max-length-tokens", type=positive_int, default=2048, help="of a sequence")
+    loop = parser.add_argument_group("training")
+    loop.add_argument("--epochs", type=positive_int, help="(default: 6 for tiny, else 1)")
+    loop.add_argument("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
+    loop.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3 for tiny, else 1e-5)")
+    loop.add_argument("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
+    loop.add_argument("--seed", type=int, default=0, help="of data order, head and tiny model")
+    loop.add_argument(
+        "--micro-batch-tokens", type=positive_int, default=2048, help="computed at a time on a rank"
+    )
+    loop.add_argument(
+        "--activation-checkpointing", action="store_true", help="less memory, a third more time"
+    )
+    run = parser.add_argument_group("run folder")
+    run.add_argument("--out", help="folder to write (default: the next free runs/NNN)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --out")
+    run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    run.add_argument("--eval-every-steps", type=positive_int, help="test this often on the way")
+    run.add_argument("--save-every-steps", type=positive_int, default=500, help="for --resume")
+    args = parser.parse_args(argv)
+    if args.resume and (args.overwrite or not args.out):
+        parser.error("--resume needs --out, and does not go with --overwrite")
+    tiny = args.model == "tiny"
+    args.epochs = args.epochs or (6 if tiny else 1)
+    args.lr = args.lr if args.lr is not None else (1e-3 if tiny else 1e-5)
+    if args.test is None:
+        args.test = [] if args.train else [str(DATA / "test.jsonl")]
+    args.train = args.train or str(DATA / "train.jsonl")
+    return args
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+# --------------------------------------------------------------------------------------------------
+# Run folder
+
+
+def claim_folder(args: argparse.Namespace) -> Path:
+    """Names the run folder and creates it; a finished run is never written to."""
+    if not args.out:
+        for number in range(1, 10**6):
+            folder = Path("runs") / f"{number:03d}"
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                continue
+    folder = Path(args.out)
+    if folder.exists() and not (args.resume or args.overwrite):
+        raise CritiqueRMError(f"{folder} exists; choose another --out, or add --resume or --overwrite")
+    if folder.exists() and not folder.is_dir():
+        raise CritiqueRMError(f"{folder} is a file; choose another --out")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
+        raise CritiqueRMError(f"{folder} is not a run folder (no run.json); choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def lock_folder(folder: Path):
+    """Keeps a second process tree out of the folder until the last of ours is gone.
+
+    Every rank holds the lock, shared, since workers can outlive a killed torchrun; rank 0 first
+    takes it alone. Returns the open file: closing it unlocks.
+    """
+    lock = open(folder / ".lock", "w")
+
+    def take_alone() -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CritiqueRMError(
+                f"{folder} is in use by another run; wait for it, or end its train.py processes"
+            ) from None
+        fcntl.flock(lock, fcntl.LOCK_SH)
+
+    rm.on_rank_zero(take_alone)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    dist.barrier()
+    return lock
+
+
+def describe(args: argparse.Namespace, data: dict[str, list[Pair]], encoder: Encoder) -> dict:
+    """What must be the same for a run to be the same run, and with what it ran."""
+    return {
+        "arguments": vars(args),
+        "data": {name: rm.digest([asdict(pair) for pair in pairs]) for name, pairs in data.items()},
+        "template": rm.digest(encoder.tokenizer.chat_template, rm.SEPARATOR),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "processes": dist.get_world_size(),
+    }
+
+
+def check_same_run(old: dict, new: dict) -> None:
+    """Refuses to resume a run that was started with something else."""
+    for part in ("arguments", "data", "template"):
+        before, now = (
+            {k: v for k, v in run[part].items() if k not in MAY_CHANGE_ON_RESUME}
+            if isinstance(run[part], dict)
+            else {part: run[part]}
+            for run in (old, new)
+        )
+        for name in before | now:
+            if before.get(name) != now.get(name):
+                raise CritiqueRMError(
+                    f"cannot resume: {part} {name!r} was {before.get(name)!r} and is now "
+                    f"{now.get(name)!r}; give the same, or start a new run"
+                )
+
+
+# --------------------------------------------------------------------------------------------------
+# Model
+
+
+def train_tokenizer(pairs: list[Pair], use_critiques: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 4,096 tokens trained on the text the tiny model will read."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = []
+    for pair in pairs:
+        texts += [message.content for message in pair.prompt]
+        for answer in pair.answers:
+            texts += [answer.response, *(answer.critiques if use_critiques else ())]
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        special_tokens=["<|pad|>", "<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        chat_template=(
+            "{% for message in messages %}<|start|>{{ message.role }}\n"
+            "{{ message.content }}<|end|>\n{% endfor %}"
+        ),
+    )
+
+
+def prepare_model(
+    args: argparse.Namespace, folder: Path, pairs: list[Pair]
+) -> tuple[PreTrainedModel, Encoder]:
+    """The tokenizer and the sharded model with its first weights."""
+    device, mesh = rm.start_processes()
+    dtype = rm.compute_dtype(device)
+    if args.model == "tiny":
+        source = str(folder / "tokenizer")
+        rm.on_rank_zero(
+            lambda: train_tokenizer(pairs, not args.no_critiques).save_pretrained(source) and None
+        )
+        config = LlamaConfig(
+            vocab_size=4096,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=args.max_length_tokens,
+            num_labels=1,
+            use_cache=False,
+        )
+    else:
+        source = download(args.model)
+        config = rm.load_config(source)
+    encoder = Encoder(rm.load_tokenizer(source), args.max_length_tokens, not args.no_critiques)
+    rm.choose_pad_token(config, encoder)
+    config.problem_type = "regression"  # the text-classification pipeline then adds no sigmoid
+    config.critique_rm = {
+        "critiques": encoder.use_critiques,
+        "max_length_tokens": encoder.max_length_tokens,
+    }
+    if args.model == "tiny":
+        torch.manual_seed(args.seed)  # small enough for every rank to draw the whole model
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        model = rm.shard(model.to(device), dtype, mesh)
+        rm.init_head(model, args.seed)
+    else:
+        model = rm.build_model(config, dtype, mesh)
+        rm.read_weights(model, source, device, head_seed=args.seed)
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train(), encoder
+
+
+def download(name: str) -> str:
+    """A local folder as it is; a Hub model as a snapshot of its safetensors and text files."""
+    if os.path.isdir(name):
+        return name
+    from huggingface_hub import snapshot_download
+
+    def fetch() -> str:
+        try:
+            patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+            return snapshot_download(name, allow_patterns=patterns)
+        except Exception as error:  # of many kinds: no network, no such name, no access
+            problem = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CritiqueRMError(f"--model {name}: neither a folder nor on the Hub ({problem})")
+
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        fetch()  # once per machine, the others then find it in the cache
+    dist.barrier()
+    return fetch()
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def checkpoint_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything a step changes, by name; the optimizer's state is created if it is not there."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        if p not in optimizer.state:
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+        tensors[f"model.{name}"] = p
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    return tensors
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Each rank writes its part; one rename makes the checkpoint visible; the newest two are kept."""
+    draft, final = folder / "checkpoints" / "draft", folder / "checkpoints" / f"step-{step:08d}"
+    rm.on_rank_zero(lambda: shutil.rmtree(draft, ignore_errors=True))
+    writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+    dcp.save(checkpoint_tensors(model, optimizer), storage_writer=writer)
+
+    def publish() -> None:
+        shutil.rmtree(final, ignore_errors=True)
+        draft.replace(final)
+        for old in sorted(final.parent.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
+    rm.on_rank_zero(publish)
+
+
+def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
+    """Restores the newest checkpoint, if there is one; returns the number of steps done."""
+    found = sorted((folder / "checkpoints").glob("step-*"))
+    if not found:
+        return 0
+    reader = HuggingFaceStorageReader(str(found[-1]))
+    dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
+    return int(found[-1].name.removeprefix("step-"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(step: int, n_steps: int, peak: float) -> float:
+    """Linear warm-up over the first tenth of the steps, then a cosine to zero."""
+    n_warmup = max(1, n_steps // 10)
+    if step < n_warmup:
+        return peak * (step + 1) / n_warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))
+
+
+def pairs_of_step(pairs: list[EncodedPair], step: int, args: argparse.Namespace) -> list[EncodedPair]:
+    """The pairs of a step: their order is a function of (seed, epoch) alone."""
+    n_per_epoch = math.ceil(len(pairs) / args.batch_pairs)
+    epoch, k = divmod(step, n_per_epoch)
+    order = np.random.default_rng([args.seed, epoch]).permutation(len(pairs))
+    return [pairs[n] for n in order[k * args.batch_pairs : (k + 1) * args.batch_pairs]]
+
+
+def draw_sequences(encoded: EncodedPair, seed: int, epoch: int) -> list[np.ndarray]:
+    """The chosen and the rejected sequence of this epoch: one of the critiques on each side."""
+    rng = np.random.default_rng([seed, epoch, int(rm.digest(encoded.pair.id), 16)])
+    return [side[rng.integers(len(side))] for side in (encoded.chosen, encoded.rejected)]
+
+
+def train_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    pairs: list[EncodedPair],
+    epoch: int,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """One optimizer update over the pairs of all ranks; returns the metrics of the whole step."""
+    device = next(model.parameters()).device
+    share = rm.shares_prefixes(model.config)
+    units = [
+        rm.build_tries(draw_sequences(encoded, args.seed, epoch), (2 * n, 2 * n + 1), share)
+        for n, encoded in enumerate(pairs)
+    ]
+    margins = torch.tensor([e.pair.margin for e in pairs], dtype=torch.float32, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    for rows in rm.deal(units, args.micro_batch_tokens, share):
+        batch = rm.collate(rows, device)
+        numbers, order = batch.numbers.sort()
+        rewards = rm.compute_rewards(model, batch)[order].view(-1, 2)  # (B, 2)
+        chosen, rejected = rewards.unbind(1)
+        loss = rm.pairwise_loss(chosen, rejected, margins[numbers[::2] // 2], args.centering)
+        # FSDP averages gradients over ranks; the loss is a mean over the pairs of all of them
+        (loss * dist.get_world_size() / len(pairs)).backward()
+        with torch.no_grad():
+            correct, margin = (chosen > rejected).sum(), (chosen - rejected).sum()
+            sizes = torch.tensor([batch.n_tokens, batch.ids.numel()], device=device)
+            sums += torch.cat([torch.stack([loss, correct, margin]).double(), sizes.double()])
+    dist.all_reduce(sums)
+    loss, correct, margin, n_tokens, n_computed = sums.tolist()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise CritiqueRMError(
+            f"loss {loss / len(pairs)} and gradient norm {norm} are not both finite; nothing was "
+            "updated; lower --lr, or look at the pairs of this step"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "loss": loss / len(pairs),
+        "accuracy": correct / len(pairs),
+        "margin": margin / len(pairs),
+        "grad_norm": norm,
+        "lr": optimizer.param_groups[0]["lr"],
+        "n_pairs": len(pairs),
+        "n_tokens": int(n_tokens),
+        "padding_share": 1 - n_tokens / n_computed,
+    }
+
+
+def train(
+    model: PreTrainedModel,
+    pairs: list[EncodedPair],
+    tests: dict[str, list[EncodedPair]],
+    folder: Path,
+    args: argparse.Namespace,
+) -> None:
+    """The training loop: from the last checkpoint, if there is one, to the last step."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    n_per_epoch = math.ceil(len(pairs) / args.batch_pairs)
+    n_steps = n_per_epoch * args.epochs
+    first = load_checkpoint(folder, model, optimizer)
+    if first == 0:
+        save_checkpoint(folder, 0, model, optimizer)  # a save that fails should fail now
+    metrics = open_metrics(folder, first) if dist.get_rank() == 0 else None
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopped.append(number))
+    bar = tqdm(total=n_steps, initial=first, disable=dist.get_rank() != 0, unit="step", mininterval=1)
+    for step in range(first, n_steps):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, n_steps, args.lr)
+        epoch = step // n_per_epoch
+        row = train_step(model, optimizer, pairs_of_step(pairs, step, args), epoch, args)
+        seconds = time.perf_counter() - started
+        row = {"step": step + 1, "epoch": epoch, **row, "seconds": round(seconds, 4)}
+        if metrics:
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+        bar.set_postfix_str(
+            f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}, "
+            f"{row['n_pairs'] / seconds:.2f} pairs/s",
+            refresh=False,
+        )
+        bar.update()
+        last = step + 1 == n_steps
+        if args.eval_every_steps and (step + 1) % args.eval_every_steps == 0 and not last:
+            for name, test in tests.items():
+                say(f"step {step + 1}: {name} accuracy {test_accuracy(model, test, args)[0]:.4f}")
+        interrupted = torch.tensor(len(stopped))
+        dist.all_reduce(interrupted)  # a signal may reach one rank only, or one before another
+        if interrupted or ((step + 1) % args.save_every_steps == 0 and not last):
+            save_checkpoint(folder, step + 1, model, optimizer)
+        if interrupted and not last:
+            raise CritiqueRMError(
+                f"interrupted after step {step + 1} of {n_steps}, which is saved; "
+                f"continue with the same command and --out {folder} --resume"
+            )
+    bar.close()
+
+
+def open_metrics(folder: Path, n_steps_done: int):
+    """Opens metrics.jsonl for appending, after dropping what was written past the checkpoint."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)[:n_steps_done] if path.exists() else []
+    rm.replace_file(path, "".join(lines))
+    return path.open("a")
+
+
+def test_accuracy(
+    model: PreTrainedModel, test: list[EncodedPair], args: argparse.Namespace
+) -> tuple[float, list[tuple[float, float]]]:
+    """Accuracy over the pairs (a tie is wrong) and their rewards. A collective call."""
+    model.eval()
+    rewards = rm.score_pairs(model, test, args.micro_batch_tokens)
+    model.train()
+    return sum(chosen > rejected for chosen, rejected in rewards) / len(rewards), rewards
+
+
+# --------------------------------------------------------------------------------------------------
+# Results
+
+
+def finish(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    tests: dict[str, list[EncodedPair]],
+    folder: Path,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Tests the model and saves it; returns the accuracy on each test file. A collective call."""
+    results = {}
+    for number, (name, test) in enumerate(tests.items()):
+        results[name], rewards = test_accuracy(model, test, args)
+        stem = Path(name).name.split(".")[0]
+        twin = any(Path(other).name.split(".")[0] == stem for other in list(tests)[:number])
+        if dist.get_rank() == 0:
+            path = folder / f"scores-{stem}{f'-{number + 1}' if twin else ''}.jsonl"
+            rm.write_scores(path, test, rewards)
+        say(f"{name}: accuracy {results[name]:.4f} on {len(test)} pairs")
+    rm.save_model(model, encoder, folder, model_card(args, encoder))
+    return results
+
+
+def check_saved(
+    folder: Path, pairs: list[EncodedPair], before: list[tuple[float, float]], args: argparse.Namespace
+) -> None:
+    """Loads what was saved and scores a few pairs again: a lost head must be noticed here."""
+    model, _ = rm.load_reward_model(str(folder))
+    after = rm.score_pairs(model, pairs, args.micro_batch_tokens)
+    difference = float(np.abs(np.array(after) - np.array(before)).max())
+    if not difference < 1e-4 * max(1.0, float(np.abs(before).max())):
+        raise CritiqueRMError(
+            f"{folder}: the saved model scores differently after loading (by {difference:.2g}); "
+            "the checkpoints are kept"
+        )
+
+
+def model_card(args: argparse.Namespace, encoder: Encoder) -> str:
+    reads = "prompt, response and critique" if encoder.use_critiques else "prompt and response"
+    answer = "response + SEPARATOR + critique" if encoder.use_critiques else "response"
+    end = encoder.tokenizer.convert_ids_to_tokens(encoder.end_id)
+    data = Path(args.train).name if os.path.exists(args.train) else args.train
+    base = Path(args.model).name if os.path.isdir(args.model) else args.model
+    return f"""# Reward model
+
+Reads {reads}; gives one number, higher is better. Made by critique-rm, after "Improving Reward
+Models with Synthetic Critiques" (arXiv 2405.20850).
+
+- base model: {base}
+- training data: {data}, {args.epochs} epochs, seed {args.seed}
+- separator between response and critique: {rm.SEPARATOR!r}
+- a sequence ends with {end!r}
+
+```python
+from transformers import pipeline
+SEPARATOR, END = {rm.SEPARATOR!r}, {end!r}
+score = pipeline("text-classification", "THIS_FOLDER")
+messages = [{{"role": "user", "content": prompt}}, {{"role": "assistant", "content": {answer}}}]
+text = score.tokenizer.apply_chat_template(messages, tokenize=False).rpartition(END)[0] + END
+print(score(text, add_special_tokens=False)[0]["score"])
+```
+"""
+
+
+def peak_memory_gb() -> float:
+    """The largest peak of any rank: device memory on CUDA, resident memory elsewhere."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    peak = torch.tensor(peak, dtype=torch.float64)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return round(peak.item(), 3)
+
+
+def summarize(folder: Path, results: dict[str, float]) -> dict:
+    """The summary line, from what the run left in metrics.jsonl, earlier sessions included."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = sum(row["seconds"] for row in rows)
+    n_pairs = sum(row["n_pairs"] for row in rows)
+    return {
+        "out": str(folder),
+        "steps": len(rows),
+        "pairs": n_pairs,
+        "seconds": round(seconds, 1),
+        "pairs_per_second": round(n_pairs / seconds, 3),
+        "tokens_per_second": round(sum(row["n_tokens"] for row in rows) / seconds, 1),
+        "peak_memory_gb": peak_memory_gb(),
+        "test_accuracy": next(iter(results.values()), None),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> dict:
+    """All steps from pairs to summary; returns the summary."""
+    rm.start_processes()
+    pairs = {name: rm.read_pairs(name) for name in dict.fromkeys([args.train, *args.test])}
+    folder = Path(rm.on_rank_zero(lambda: str(claim_folder(args))))
+    lock = lock_folder(folder)
+    if args.overwrite:
+        rm.on_rank_zero(lambda: clear_folder(folder))
+    old = json.loads(path.read_text()) if (path := folder / "run.json").exists() else None
+    if old and "summary" in old:
+        say(f"{folder} is finished")
+        return old["summary"]
+    model, encoder = prepare_model(args, folder, pairs[args.train])
+    description = describe(args, pairs, encoder)
+    if old:
+        check_same_run(old, description)
+    elif dist.get_rank() == 0:
+        rm.replace_file(path, json.dumps(description, indent=2) + "\n")
+    chosen = pairs[args.train]
+    if args.max_pairs:
+        order = np.random.default_rng(args.seed).permutation(len(chosen))
+        chosen = [chosen[n] for n in order[: args.max_pairs]]
+    training = encoder.encode_pairs(chosen, args.train)
+    tests = {name: encoder.encode_pairs(pairs[name], name) for name in dict.fromkeys(args.test)}
+    train(model, training, tests, folder, args)
+    results = finish(model, encoder, tests, folder, args)
+    sample = training[:8]
+    before = rm.score_pairs(model.eval(), sample, args.micro_batch_tokens)
+    del model
+    check_saved(folder, sample, before, args)
+    description |= {"results": results, "summary": (summary := summarize(folder, results))}
+
+    def conclude() -> None:
+        rm.replace_file(path, json.dumps(description, indent=2) + "\n")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+
+    rm.on_rank_zero(conclude)
+    lock.close()
+    return summary
+
+
+def clear_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        summary = run(args)
+    except CritiqueRMError as error:
+        say(f"train.py: {error}")
+        return 1
+    if dist.get_rank() == 0:
+        print(json.dumps(summary), flush=True)
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
