@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
@@ -851,6 +853,26 @@ def on_rank_zero(function: Callable[[], T]) -> T:
 # Model
 
 
+def find_model(name: str) -> str:
+    """The folder of a model: itself, or the snapshot of a Hub model's safetensors and text files."""
+    if os.path.isdir(name):
+        return name
+
+    def fetch() -> str:
+        try:
+            patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+            return snapshot_download(name, allow_patterns=patterns)
+        except Exception as error:  # of many kinds: no network, no such name, no access
+            raise CritiqueRMError(
+                f"{name}: neither a folder nor a Hub model ({_first_line(error)})"
+            ) from None
+
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        fetch()  # once per machine; the others then find it in the cache
+    dist.barrier()
+    return fetch()
+
+
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -866,10 +888,6 @@ def load_config(folder: str) -> PreTrainedConfig:
         raise CritiqueRMError(f"{folder}: no usable config.json ({_first_line(error)})") from None
     if getattr(config, "auto_map", None):
         raise CritiqueRMError(f"{folder}: the model asks to run its own code; that is never done")
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise CritiqueRMError(
-            f"{folder}: transformers has no sequence classification for {config.model_type!r} models"
-        )
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # both sides of a pair must see the same network
@@ -885,8 +903,13 @@ def build_model(config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: Devi
     head, so that the trunk computes in `compute_dtype` and the head in fp32. Nothing is allocated
     before it is sharded: no rank holds the whole model.
     """
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError:
+        raise CritiqueRMError(
+            f"transformers has no sequence classification for {config.model_type!r} models"
+        ) from None
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise CritiqueRMError(
             f"{type(model).__name__} has no linear head named 'score'; use a decoder model"
@@ -926,7 +949,9 @@ def read_weights(
         )
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device=device)
-        model.init_weights()  # for the buffers no file holds (rotary frequencies, embedding scales)
+        with warnings.catch_warnings():  # about random numbers on shards, which reading overwrites
+            warnings.simplefilter("ignore")
+            model.init_weights()  # for buffers no file holds: rotary frequencies, embedding scales
     reader = HuggingFaceStorageReader(folder)
     stored = reader.read_metadata().state_dict_metadata
     prefix = model.base_model_prefix + "."
@@ -1046,6 +1071,7 @@ def load_reward_model(
     up to its longest input or 4,096 tokens, and to the last token its template writes.
     """
     device, mesh = start_processes()
+    folder = find_model(folder)
     config = load_config(folder)
     ours = getattr(config, "critique_rm", {})
     longest = min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
@@ -1055,6 +1081,9 @@ def load_reward_model(
         ours.get("critiques", True) if use_critiques is None else use_critiques,
         keep_tail=not ours,
     )
+    if ours and encoder.use_critiques != ours["critiques"]:
+        with_or_without = "with" if ours["critiques"] else "without"
+        say(f"{folder}: trained {with_or_without} critiques; this tests it the other way round")
     model = build_model(config, compute_dtype(device), mesh)
     read_weights(model, folder, device)
     return model.eval(), encoder
@@ -1116,49 +1145,55 @@ def _split_group(sequences: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
         yield part
 
 
+@dataclass(frozen=True)
+class PairScore:
+    """The rewards of a pair, and what a judge of length alone would go by."""
+
+    id: str
+    prompt_id: str  # a hash of the prompt, to cluster by
+    subset: str
+    chosen_reward: float
+    rejected_reward: float
+    chosen_words: int
+    rejected_words: int
+    chosen_critique_words: float | None  # mean over the critiques, None without
+    rejected_critique_words: float | None
+
+
 def score_pairs(
-    model: PreTrainedModel, pairs: Sequence[EncodedPair], budget_tokens: int
-) -> list[tuple[float, float]]:
-    """(chosen, rejected) rewards of pairs, each the mean over its critiques. A collective call."""
-    by_prompt: dict[tuple[Message, ...], list[EncodedPair]] = {}
-    for encoded in pairs:
-        by_prompt.setdefault(encoded.pair.prompt, []).append(encoded)
-    groups = [
-        [sequence for encoded in group for sequence in (*encoded.chosen, *encoded.rejected)]
-        for group in by_prompt.values()
+    model: PreTrainedModel, encoded: Sequence[EncodedPair], budget_tokens: int
+) -> list[PairScore]:
+    """Scores pairs; a reward is the mean over the answer's critiques. A collective call."""
+    by_prompt: dict[tuple[Message, ...], list[np.ndarray]] = {}
+    for e in encoded:
+        by_prompt.setdefault(e.pair.prompt, []).extend([*e.chosen, *e.rejected])
+    rewards = score_groups(model, list(by_prompt.values()), budget_tokens)
+    streams = {prompt: iter(values) for prompt, values in zip(by_prompt, rewards)}
+
+    def mean(sequences: list[np.ndarray], stream: Iterator[float]) -> float:
+        return sum(itertools.islice(stream, len(sequences))) / len(sequences)
+
+    return [
+        PairScore(
+            e.pair.id,
+            digest(e.pair.prompt),
+            e.pair.subset,
+            mean(e.chosen, streams[e.pair.prompt]),
+            mean(e.rejected, streams[e.pair.prompt]),
+            *(len(answer.response.split()) for answer in e.pair.answers),
+            *(_mean_words(answer.critiques) for answer in e.pair.answers),
+        )
+        for e in encoded
     ]
-    rewards: dict[str, tuple[float, float]] = {}
-    for group, values in zip(by_prompt.values(), score_groups(model, groups, budget_tokens)):
-        stream = iter(values)
-        for encoded in group:
-            means = [
-                sum(itertools.islice(stream, len(side))) / len(side)
-                for side in (encoded.chosen, encoded.rejected)
-            ]
-            rewards[encoded.pair.id] = means[0], means[1]
-    return [rewards[encoded.pair.id] for encoded in pairs]
 
 
-def write_scores(
-    path: Path, pairs: Sequence[EncodedPair], rewards: Sequence[tuple[float, float]]
-) -> None:
-    """Writes one JSON line a pair: ids, rewards and what a length-only judge would go by."""
-    lines = []
-    for encoded, (chosen, rejected) in zip(pairs, rewards):
-        pair = encoded.pair
-        row = {
-            "id": pair.id,
-            "prompt_id": digest(pair.prompt),
-            "subset": pair.subset,
-            "chosen_reward": chosen,
-            "rejected_reward": rejected,
-        }
-        for side, answer in zip(SIDES, pair.answers):
-            row[f"{side}_words"] = len(answer.response.split())
-            counts = [len(critique.split()) for critique in answer.critiques]
-            row[f"{side}_critique_words"] = sum(counts) / len(counts) if counts else None
-        lines.append(json.dumps(row) + "\n")
-    replace_file(path, "".join(lines))
+def _mean_words(texts: Sequence[str]) -> float | None:
+    return sum(len(text.split()) for text in texts) / len(texts) if texts else None
+
+
+def write_scores(path: Path, scores: Sequence[PairScore]) -> None:
+    """Writes one JSON line a pair."""
+    replace_file(path, "".join(json.dumps(asdict(score)) + "\n" for score in scores))
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import critique_rm as rm
-from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, say
+from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore, say
 
 DATA = Path(__file__).parent / "data"
 MAY_CHANGE_ON_RESUME = ("out", "resume", "overwrite", "micro_batch_tokens", "save_every_steps")
@@ -230,11 +230,13 @@ def prepare_model(
             num_hidden_layers=4,
             num_attention_heads=4,
             max_position_embeddings=args.max_length_tokens,
+            bos_token_id=None,
+            eos_token_id=None,
             num_labels=1,
             use_cache=False,
         )
     else:
-        source = download(args.model)
+        source = rm.find_model(args.model)
         config = rm.load_config(source)
     encoder = Encoder(rm.load_tokenizer(source), args.max_length_tokens, not args.no_critiques)
     rm.choose_pad_token(config, encoder)
@@ -254,26 +256,6 @@ def prepare_model(
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(), encoder
-
-
-def download(name: str) -> str:
-    """A local folder as it is; a Hub model as a snapshot of its safetensors and text files."""
-    if os.path.isdir(name):
-        return name
-    from huggingface_hub import snapshot_download
-
-    def fetch() -> str:
-        try:
-            patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-            return snapshot_download(name, allow_patterns=patterns)
-        except Exception as error:  # of many kinds: no network, no such name, no access
-            problem = next(iter(str(error).splitlines()), type(error).__name__)
-            raise CritiqueRMError(f"--model {name}: neither a folder nor on the Hub ({problem})")
-
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        fetch()  # once per machine, the others then find it in the cache
-    dist.barrier()
-    return fetch()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -437,7 +419,8 @@ def train(
         last = step + 1 == n_steps
         if args.eval_every_steps and (step + 1) % args.eval_every_steps == 0 and not last:
             for name, test in tests.items():
-                say(f"step {step + 1}: {name} accuracy {test_accuracy(model, test, args)[0]:.4f}")
+                scores = rm.score_pairs(model, test, args.micro_batch_tokens)
+                say(f"step {step + 1}: {name}: accuracy {test_accuracy(scores):.4f}")
         interrupted = torch.tensor(len(stopped))
         dist.all_reduce(interrupted)  # a signal may reach one rank only, or one before another
         if interrupted or ((step + 1) % args.save_every_steps == 0 and not last):
@@ -458,14 +441,9 @@ def open_metrics(folder: Path, n_steps_done: int):
     return path.open("a")
 
 
-def test_accuracy(
-    model: PreTrainedModel, test: list[EncodedPair], args: argparse.Namespace
-) -> tuple[float, list[tuple[float, float]]]:
-    """Accuracy over the pairs (a tie is wrong) and their rewards. A collective call."""
-    model.eval()
-    rewards = rm.score_pairs(model, test, args.micro_batch_tokens)
-    model.train()
-    return sum(chosen > rejected for chosen, rejected in rewards) / len(rewards), rewards
+def test_accuracy(scores: list[PairScore]) -> float:
+    """The share of pairs with the chosen response above the rejected one; a tie is wrong."""
+    return sum(s.chosen_reward > s.rejected_reward for s in scores) / len(scores)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -482,29 +460,30 @@ def finish(
     """Tests the model and saves it; returns the accuracy on each test file. A collective call."""
     results = {}
     for number, (name, test) in enumerate(tests.items()):
-        results[name], rewards = test_accuracy(model, test, args)
+        scores = rm.score_pairs(model, test, args.micro_batch_tokens)
+        results[name] = test_accuracy(scores)
         stem = Path(name).name.split(".")[0]
         twin = any(Path(other).name.split(".")[0] == stem for other in list(tests)[:number])
         if dist.get_rank() == 0:
             path = folder / f"scores-{stem}{f'-{number + 1}' if twin else ''}.jsonl"
-            rm.write_scores(path, test, rewards)
+            rm.write_scores(path, scores)
         say(f"{name}: accuracy {results[name]:.4f} on {len(test)} pairs")
     rm.save_model(model, encoder, folder, model_card(args, encoder))
     return results
 
 
 def check_saved(
-    folder: Path, pairs: list[EncodedPair], before: list[tuple[float, float]], args: argparse.Namespace
+    folder: Path, sample: list[EncodedPair], before: list[PairScore], args: argparse.Namespace
 ) -> None:
     """Loads what was saved and scores a few pairs again: a lost head must be noticed here."""
     model, _ = rm.load_reward_model(str(folder))
-    after = rm.score_pairs(model, pairs, args.micro_batch_tokens)
-    difference = float(np.abs(np.array(after) - np.array(before)).max())
-    if not difference < 1e-4 * max(1.0, float(np.abs(before).max())):
-        raise CritiqueRMError(
-            f"{folder}: the saved model scores differently after loading (by {difference:.2g}); "
-            "the checkpoints are kept"
-        )
+    after = rm.score_pairs(model, sample, args.micro_batch_tokens)
+    for old, new in zip(before, after):
+        if abs(old.chosen_reward - new.chosen_reward) > 1e-4 * (1 + abs(old.chosen_reward)):
+            raise CritiqueRMError(
+                f"{folder}: after saving and loading, {old.id} scores {new.chosen_reward} instead "
+                f"of {old.chosen_reward}; the checkpoints are kept"
+            )
 
 
 def model_card(args: argparse.Namespace, encoder: Encoder) -> str:
@@ -591,7 +570,7 @@ def run(args: argparse.Namespace) -> dict:
     train(model, training, tests, folder, args)
     results = finish(model, encoder, tests, folder, args)
     sample = training[:8]
-    before = rm.score_pairs(model.eval(), sample, args.micro_batch_tokens)
+    before = rm.score_pairs(model, sample, args.micro_batch_tokens)
     del model
     check_saved(folder, sample, before, args)
     description |= {"results": results, "summary": (summary := summarize(folder, results))}
