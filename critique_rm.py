@@ -458,6 +458,7 @@ class Encoder:
         }
         longest_first = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
         self._control = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self._known = frozenset(self.control_ids.values())
         self.skeleton = cache(self._skeleton)
         self.counts: Counter[str] = Counter()
 
@@ -513,14 +514,13 @@ class Encoder:
         pieces = list(self._pieces(messages))
         text = "".join(text for text, _ in pieces)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        known = set(self.control_ids.values())
         own = [
             self.control_ids[token]
             for text, is_template in pieces
             if is_template
             for token in self._control.findall(text)
         ]
-        if [i for i in ids if i in known] != own:  # the data holds text like a control token
+        if [i for i in ids if i in self._known] != own:  # the data holds text like a control token
             ids = self._encode_runs(pieces)
         bos = self.tokenizer.bos_token_id
         if len(ids) > 1 and ids[0] == ids[1] == bos:
@@ -548,9 +548,9 @@ class Encoder:
 
     def _encode_ordinary(self, text: str) -> list[int]:
         ids = self._base.encode(text, add_special_tokens=False).ids
-        known = set(self.control_ids.values())
-        if known.intersection(ids):  # the base vocabulary itself can spell it: letter by letter
-            ids = [i for letter in text for i in self._base.encode(letter).ids if i not in known]
+        if self._known.intersection(ids):  # the base vocabulary can spell it: letter by letter
+            letters = [self._base.encode(letter, add_special_tokens=False).ids for letter in text]
+            ids = [i for i in itertools.chain(*letters) if i not in self._known]
         return ids
 
     @cached_property
@@ -786,12 +786,15 @@ def deal(
     return mine + [[]] * (max(map(len, packed)) - len(mine))
 
 
-def attention_masks(batch: Batch, config: PreTrainedConfig, dtype: torch.dtype):
+LOWEST = torch.finfo(torch.bfloat16).min  # finite in fp32 and in bf16
+
+
+def attention_masks(batch: Batch, config: PreTrainedConfig) -> Tensor | dict[str, Tensor]:
     """The additive masks (R, 1, T, T): 0 where a token may look, the lowest number elsewhere.
 
     A token sees itself and its ancestors in the trie. Sliding-window layers see of those the last
     `sliding_window` positions; models with both kinds of layer take one mask per kind. Never
-    boolean: eager attention would add it.
+    boolean: eager attention would add it. FSDP casts the masks to the compute dtype.
     """
     index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     key, query = index[None, None, :], index[None, :, None]
@@ -800,8 +803,8 @@ def attention_masks(batch: Batch, config: PreTrainedConfig, dtype: torch.dtype):
     window = getattr(config, "sliding_window", None)
 
     def additive(allowed: Tensor) -> Tensor:
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+        mask = torch.zeros(allowed.shape, device=allowed.device)
+        return mask.masked_fill_(~allowed, LOWEST)[:, None]
 
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -891,6 +894,7 @@ def load_config(folder: str) -> PreTrainedConfig:
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # both sides of a pair must see the same network
+    config.dtype = torch.float32  # of the master weights, whatever the file holds
     config.num_labels = 1
     config.use_cache = False
     return config
@@ -994,6 +998,7 @@ def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str
     Everything is written beside its final place first and moved at the end.
     """
     draft = folder / "draft"
+    on_rank_zero(lambda: shutil.rmtree(draft, ignore_errors=True))
     writer = HuggingFaceStorageWriter(str(draft), save_distributed=True, enable_consolidation=True)
     dcp.save(model.state_dict(), storage_writer=writer)
     if dist.get_rank() == 0:
@@ -1016,9 +1021,8 @@ def shares_prefixes(config: PreTrainedConfig) -> bool:
 def compute_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Rewards (S,) fp32 of the sequences of a micro-batch, read at each one's last token."""
     trunk, head = trunk_and_head(model)
-    dtype = next(trunk.parameters()).dtype
     if shares_prefixes(model.config):
-        masks = attention_masks(batch, model.config, dtype)
+        masks = attention_masks(batch, model.config)
     else:  # one sequence per row: the model makes its own masks from what is not padding
         columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         masks = (batch.positions == columns).long()

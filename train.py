@@ -42,8 +42,10 @@ import critique_rm as rm
 from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore, say
 
 DATA = Path(__file__).parent / "data"
-MAY_CHANGE_ON_RESUME = ("out", "resume", "overwrite", "micro_batch_tokens", "save_every_steps")
-LOG_2 = math.log(2)
+MAY_CHANGE_ON_RESUME = (
+    *("out", "resume", "overwrite", "micro_batch_tokens", "activation_checkpointing"),
+    *("save_every_steps", "eval_every_steps"),
+)
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
@@ -63,7 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--max-pairs", type=positive_int, help="the first N in the seeded order")
     data.add_argument("--max-length-tokens", type=positive_int, default=2048, help="of a sequence")
     loop = parser.add_argument_group("training")
-    loop.add_argument("--epochs", type=positive_int, help="(default: 6 for tiny, else 1)")
+    loop.add_argument("--epochs", type=positive_int, help="(default: 3 for tiny, else 1)")
     loop.add_argument("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
     loop.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3 for tiny, else 1e-5)")
     loop.add_argument("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
@@ -84,7 +86,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume and (args.overwrite or not args.out):
         parser.error("--resume needs --out, and does not go with --overwrite")
     tiny = args.model == "tiny"
-    args.epochs = args.epochs or (6 if tiny else 1)
+    args.epochs = args.epochs or (3 if tiny else 1)
     args.lr = args.lr if args.lr is not None else (1e-3 if tiny else 1e-5)
     if args.test is None:
         args.test = [] if args.train else [str(DATA / "test.jsonl")]
@@ -118,8 +120,9 @@ def claim_folder(args: argparse.Namespace) -> Path:
         raise CritiqueRMError(f"{folder} exists; choose another --out, or add --resume or --overwrite")
     if folder.exists() and not folder.is_dir():
         raise CritiqueRMError(f"{folder} is a file; choose another --out")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
-        raise CritiqueRMError(f"{folder} is not a run folder (no run.json); choose another --out")
+    is_ours = any((folder / name).exists() for name in (".lock", "run.json"))
+    if folder.exists() and any(folder.iterdir()) and not is_ours:
+        raise CritiqueRMError(f"{folder} holds something else than a run; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -238,7 +241,11 @@ def prepare_model(
     else:
         source = rm.find_model(args.model)
         config = rm.load_config(source)
-    encoder = Encoder(rm.load_tokenizer(source), args.max_length_tokens, not args.no_critiques)
+    longest = getattr(config, "max_position_embeddings", None) or args.max_length_tokens
+    if longest < args.max_length_tokens:
+        say(f"{args.model} reads at most {longest} tokens: --max-length-tokens is set to that")
+    n_tokens = min(longest, args.max_length_tokens)
+    encoder = Encoder(rm.load_tokenizer(source), n_tokens, not args.no_critiques)
     rm.choose_pad_token(config, encoder)
     config.problem_type = "regression"  # the text-classification pipeline then adds no sigmoid
     config.critique_rm = {
@@ -396,8 +403,11 @@ def train(
         save_checkpoint(folder, 0, model, optimizer)  # a save that fails should fail now
     metrics = open_metrics(folder, first) if dist.get_rank() == 0 else None
     stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopped.append(number))
+    handlers = {
+        number: signal.signal(number, lambda number, frame: stopped.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    n_flat = 0
     bar = tqdm(total=n_steps, initial=first, disable=dist.get_rank() != 0, unit="step", mininterval=1)
     for step in range(first, n_steps):
         started = time.perf_counter()
@@ -416,6 +426,9 @@ def train(
             refresh=False,
         )
         bar.update()
+        n_flat = n_flat + 1 if abs(row["loss"] - math.log(2)) < 1e-3 else 0
+        if n_flat == 20:
+            say("the loss stays at log 2: the model does not tell chosen from rejected")
         last = step + 1 == n_steps
         if args.eval_every_steps and (step + 1) % args.eval_every_steps == 0 and not last:
             for name, test in tests.items():
@@ -423,7 +436,7 @@ def train(
                 say(f"step {step + 1}: {name}: accuracy {test_accuracy(scores):.4f}")
         interrupted = torch.tensor(len(stopped))
         dist.all_reduce(interrupted)  # a signal may reach one rank only, or one before another
-        if interrupted or ((step + 1) % args.save_every_steps == 0 and not last):
+        if interrupted or last or (step + 1) % args.save_every_steps == 0:
             save_checkpoint(folder, step + 1, model, optimizer)
         if interrupted and not last:
             raise CritiqueRMError(
@@ -431,6 +444,8 @@ def train(
                 f"continue with the same command and --out {folder} --resume"
             )
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def open_metrics(folder: Path, n_steps_done: int):
@@ -600,6 +615,9 @@ def main() -> int:
     except CritiqueRMError as error:
         say(f"train.py: {error}")
         return 1
+    except KeyboardInterrupt:
+        say("train.py: interrupted; continue with --out RUN --resume")
+        return 130
     if dist.get_rank() == 0:
         print(json.dumps(summary), flush=True)
     dist.destroy_process_group()

@@ -1,0 +1,348 @@
+"""train.py as its users run it: what it prints, what it leaves, how it stops and goes on."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import critique_rm as rm
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--max-pairs", "20", "--batch-pairs", "8", "--epochs", "2"]  # 6 steps, the last of 4 pairs
+
+
+def start(*arguments: str, processes: int = 1) -> subprocess.Popen:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = ["torchrun", "--nproc-per-node", str(processes), "--master-port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "train.py"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def run(*arguments: str, processes: int = 1) -> tuple[int, str, str]:
+    process = start(*arguments, processes=processes)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> tuple[Path, str, str]:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    code, out, err = run(*SMALL, "--out", folder)
+    assert code == 0, err
+    return folder, out, err
+
+
+@pytest.fixture(scope="session")
+def model_and_pairs(tmp_path_factory):
+    """The tiny model in this process, and 8 encoded pairs."""
+    rm.start_processes()
+    args = train.parse_arguments(["--batch-pairs", "8", "--micro-batch-tokens", "512"])
+    pairs = rm.read_pairs(args.train)[:8]
+    model, encoder = train.prepare_model(args, tmp_path_factory.mktemp("tiny"), pairs)
+    return args, model, encoder.encode_pairs(pairs, "pairs")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+def test_last_line_of_stdout_is_the_summary(finished):
+    folder, out, _ = finished
+    summary = json.loads(out.splitlines()[-1])
+    assert list(summary) == [
+        *("out", "steps", "pairs", "seconds", "pairs_per_second", "tokens_per_second"),
+        *("peak_memory_gb", "test_accuracy"),
+    ]
+    assert (summary["out"], summary["steps"], summary["pairs"]) == (str(folder), 6, 40)
+    assert summary == json.loads((folder / "run.json").read_text())["summary"]
+
+
+def test_metrics_have_one_line_a_step(finished):
+    rows = read_lines(finished[0] / "metrics.jsonl")
+    assert list(rows[0]) == [
+        *("step", "epoch", "loss", "accuracy", "margin", "grad_norm", "lr"),
+        *("n_pairs", "n_tokens", "padding_share", "seconds"),
+    ]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row["n_pairs"] for row in rows] == [8, 8, 4, 8, 8, 4]
+    assert all(0 <= row["padding_share"] < 0.2 for row in rows)
+
+
+def test_accuracy_in_the_summary_is_that_of_the_scores(finished):
+    folder, out, _ = finished
+    scores = read_lines(folder / "scores-test.jsonl")
+    right = [row["chosen_reward"] > row["rejected_reward"] for row in scores]
+    assert len(scores) == 96
+    assert json.loads(out.splitlines()[-1])["test_accuracy"] == sum(right) / 96
+    pair = rm.read_pairs(str(ROOT / "data" / "test.jsonl"))[0]
+    assert scores[0]["id"] == pair.id
+    assert scores[0]["chosen_words"] == len(pair.chosen.split())
+    assert scores[0]["rejected_critique_words"] == len(pair.rejected_critiques[0].split())
+
+
+def test_run_is_a_plain_hugging_face_folder(finished):
+    folder, _, _ = finished
+    pair = rm.read_pairs(str(ROOT / "data" / "test.jsonl"))[0]
+    expected = read_lines(folder / "scores-test.jsonl")[0]["chosen_reward"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = rm.Encoder(tokenizer, 2048, True).render(
+        (*pair.prompt, rm.Message("assistant", pair.chosen + rm.SEPARATOR + pair.chosen_critiques[0]))
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    assert model(**inputs).logits.item() == pytest.approx(expected, abs=1e-5)
+    score = pipeline("text-classification", str(folder))
+    assert score(text, add_special_tokens=False)[0]["score"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_model_card_scores_as_it_says(finished, monkeypatch):
+    folder, _, _ = finished
+    pair = rm.read_pairs(str(ROOT / "data" / "test.jsonl"))[0]
+    code = (folder / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    names = {"prompt": pair.prompt[0].content, "response": pair.chosen}
+    names |= {"critique": pair.chosen_critiques[0], "print": lambda value: names.update(out=value)}
+    exec(code.replace("THIS_FOLDER", str(folder)), names)
+    expected = read_lines(folder / "scores-test.jsonl")[0]["chosen_reward"]
+    assert names["out"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_nothing_is_left_over(finished):
+    names = {path.name for path in finished[0].iterdir()}
+    assert names.isdisjoint({"sharded", "draft", "checkpoints", "tokenizer"})
+    assert {"run.json", "metrics.jsonl", "scores-test.jsonl", "config.json", "README.md"} <= names
+
+
+# --------------------------------------------------------------------------------------------------
+# Run folders
+
+
+def test_an_existing_run_is_refused_and_left_as_it_was(finished):
+    folder, _, _ = finished
+    before = fingerprint(folder)
+    code, out, err = run(*SMALL, "--out", folder)
+    assert (code, out) == (1, "")
+    assert err.splitlines() == [
+        f"train.py: {folder} exists; choose another --out, or add --resume or --overwrite"
+    ]
+    assert fingerprint(folder) == before
+
+
+def test_resuming_a_finished_run_prints_its_summary(finished):
+    folder, out, _ = finished
+    before = fingerprint(folder)
+    code, again, _ = run(*SMALL, "--out", folder, "--resume")
+    assert (code, again.splitlines()[-1]) == (0, out.splitlines()[-1])
+    assert fingerprint(folder) == before
+
+
+def test_resume_without_out_or_with_overwrite_is_a_usage_error(capsys):
+    for extra in ([], ["--out", "x", "--overwrite"]):
+        with pytest.raises(SystemExit) as stop:
+            train.parse_arguments(["--resume", *extra])
+        assert stop.value.code == 2
+    assert "--resume needs --out" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    args = train.parse_arguments(["--out", str(tmp_path), "--overwrite"])
+    with pytest.raises(rm.CritiqueRMError, match="something else than a run"):
+        train.claim_folder(args)
+
+
+def test_runs_without_a_name_take_the_next_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train.parse_arguments([])
+    assert [str(train.claim_folder(args)) for _ in range(2)] == ["runs/001", "runs/002"]
+
+
+def test_a_locked_folder_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        code, _, err = run(*SMALL, "--out", folder, "--resume")
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"train.py: {folder} is in use by another run")
+
+
+def test_resume_names_what_differs():
+    old = {"arguments": {"lr": 1e-3, "out": "a"}, "data": {"a.jsonl": "1"}, "template": "t"}
+    train.check_same_run(old, {**old, "arguments": {"lr": 1e-3, "out": "b"}})
+    with pytest.raises(rm.CritiqueRMError, match="arguments 'lr' was 0.001 and is now 0.1"):
+        train.check_same_run(old, {**old, "arguments": {"lr": 0.1}})
+    with pytest.raises(rm.CritiqueRMError, match="data 'a.jsonl' was '1' and is now '2'"):
+        train.check_same_run(old, {**old, "data": {"a.jsonl": "2"}})
+
+
+# --------------------------------------------------------------------------------------------------
+# Interrupted equals uninterrupted; two processes equal one
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_path, number):
+    folder = tmp_path / "run"
+    command = [*SMALL, "--out", folder, "--save-every-steps", "2", "--eval-every-steps", "1"]
+    process = start(*command)
+    for line in process.stderr:
+        if "step 3:" in line:
+            process.send_signal(number)
+            break
+    _, err = process.communicate()
+    if number == signal.SIGTERM:
+        assert process.returncode == 1
+        assert f"--out {folder} --resume" in err.splitlines()[-1]
+        assert "Traceback" not in err
+    assert len(read_lines(folder / "metrics.jsonl")) < 6
+    code, _, err = run(*command, "--resume")
+    assert code == 0, err
+    expected = weights(finished[0])
+    assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
+    rows, whole = (read_lines(path / "metrics.jsonl") for path in (folder, finished[0]))
+    assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in whole]
+
+
+def test_two_processes_train_the_same_model(finished, tmp_path):
+    code, _, err = run(*SMALL, "--out", tmp_path / "run", processes=2)
+    assert code == 0, err
+    one, two = (read_lines(path / "metrics.jsonl") for path in (finished[0], tmp_path / "run"))
+    norms = [[row["grad_norm"] for row in rows] for rows in (one, two)]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
+    one, two = (read_lines(p / "scores-test.jsonl") for p in (finished[0], tmp_path / "run"))
+    rewards = [[row["chosen_reward"] for row in rows] for rows in (one, two)]
+    np.testing.assert_allclose(rewards[0], rewards[1], atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------
+# The step
+
+
+def test_micro_batches_do_not_change_the_step(model_and_pairs):
+    args, model, pairs = model_and_pairs
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    rows = []
+    for tokens in (1, 512, 10**6):
+        args.micro_batch_tokens = tokens
+        rows.append(train.train_step(model, optimizer, pairs, 0, args))
+    for row in rows[1:]:
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-5)
+        assert row["n_tokens"] == rows[0]["n_tokens"]
+
+
+def test_eight_pairs_are_learned(model_and_pairs):
+    args, model, pairs = model_and_pairs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = [train.train_step(model, optimizer, pairs, 0, args)["loss"] for _ in range(20)]
+    assert losses[-1] < 0.05 < losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(model_and_pairs):
+    args, model, pairs = model_and_pairs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    head = model.score.weight
+    saved = head.detach().clone()
+    with torch.no_grad():
+        head.fill_(math.inf)
+    before = [p.full_tensor().clone() for p in model.model.parameters()]
+    with pytest.raises(rm.CritiqueRMError, match="not both finite; nothing was updated"):
+        train.train_step(model, optimizer, pairs, 0, args)
+    assert all(torch.equal(a, p.full_tensor()) for a, p in zip(before, model.model.parameters()))
+    with torch.no_grad():
+        head.copy_(saved)
+    optimizer.zero_grad()
+
+
+def test_activation_checkpointing_does_not_change_the_gradient(model_and_pairs):
+    args, model, pairs = model_and_pairs
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    plain = train.train_step(model, optimizer, pairs, 0, args)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = train.train_step(model, optimizer, pairs, 0, args)
+    model.gradient_checkpointing_disable()
+    assert checkpointed["grad_norm"] == plain["grad_norm"]
+
+
+def test_every_pair_comes_once_an_epoch_in_an_order_of_seed_and_epoch():
+    args = train.parse_arguments(["--batch-pairs", "4"])
+    pairs = list(range(10))
+    epochs = [[n for k in range(3) for n in train.pairs_of_step(pairs, 3 * e + k, args)] for e in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == pairs
+    assert epochs[0] != epochs[1]
+    args.batch_pairs = 10
+    assert train.pairs_of_step(pairs, 0, args) == epochs[0]
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    rates = [train.learning_rate(step, 20, 1.0) for step in range(20)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[11] == pytest.approx(0.5)  # half way down the cosine
+    assert rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 17 / 18)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input: one line of ours, exit code not 0, nothing written
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "no preference pair in it"),
+        (b"\x1f\x8b\x08\x00cut", "cannot be read"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe", "not UTF-8 text"),
+        (b'{"prompt": "a", "chosen": "b"}\n', "pairs.jsonl:1: no field 'rejected'"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "run generate.py on it first"),
+    ],
+)
+def test_bad_pairs_are_refused_in_one_line(tmp_path, capsys, monkeypatch, content, complaint):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(content)
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--train", str(path), "--out", str(out)])
+    assert train.main() == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert complaint in captured.err.splitlines()[-1]
+    assert captured.err.splitlines()[-1].startswith("train.py: ")
+
+
+def test_bad_model_is_refused_in_one_line_without_a_traceback(tmp_path):
+    code, out, err = run("--model", tmp_path, "--out", tmp_path / "run")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith(f"train.py: {tmp_path}: no usable config.json")
+    assert "Traceback" not in err
