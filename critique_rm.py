@@ -844,7 +844,7 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             outcome[0] = function()
-        except CritiqueRMError as error:
+        except (CritiqueRMError, OSError) as error:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -83,6 +83,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.score and (args.json or args.scores):
         parser.error("--json and --scores go with --data")
+    for path in filter(None, (args.json, args.scores)):  # known before hours of scoring
+        if not Path(path).absolute().parent.is_dir():
+            parser.error(f"{path}: there is no such folder")
     return args
 
 
@@ -238,7 +241,7 @@ def main() -> int:
     args = parse_arguments()
     try:
         code = evaluate_pairs(args) if args.data else score_single(args)
-    except CritiqueRMError as error:
+    except (CritiqueRMError, OSError) as error:
         say(f"evaluate.py: {error}")
         return 1
     dist.destroy_process_group()

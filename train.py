@@ -408,42 +408,43 @@ def train(
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     n_flat = 0
-    bar = tqdm(total=n_steps, initial=first, disable=dist.get_rank() != 0, unit="step", mininterval=1)
-    for step in range(first, n_steps):
-        started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, n_steps, args.lr)
-        epoch = step // n_per_epoch
-        row = train_step(model, optimizer, pairs_of_step(pairs, step, args), epoch, args)
-        seconds = time.perf_counter() - started
-        row = {"step": step + 1, "epoch": epoch, **row, "seconds": round(seconds, 4)}
-        if metrics:
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-        bar.set_postfix_str(
-            f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}, "
-            f"{row['n_pairs'] / seconds:.2f} pairs/s",
-            refresh=False,
-        )
-        bar.update()
-        n_flat = n_flat + 1 if abs(row["loss"] - math.log(2)) < 1e-3 else 0
-        if n_flat == 20:
-            say("the loss stays at log 2: the model does not tell chosen from rejected")
-        last = step + 1 == n_steps
-        if args.eval_every_steps and (step + 1) % args.eval_every_steps == 0 and not last:
-            for name, test in tests.items():
-                scores = rm.score_pairs(model, test, args.micro_batch_tokens)
-                say(f"step {step + 1}: {name}: accuracy {test_accuracy(scores):.4f}")
-        interrupted = torch.tensor(len(stopped))
-        dist.all_reduce(interrupted)  # a signal may reach one rank only, or one before another
-        if interrupted or last or (step + 1) % args.save_every_steps == 0:
-            save_checkpoint(folder, step + 1, model, optimizer)
-        if interrupted and not last:
-            raise CritiqueRMError(
-                f"interrupted after step {step + 1} of {n_steps}, which is saved; "
-                f"continue with the same command and --out {folder} --resume"
+    with tqdm(
+        total=n_steps, initial=first, unit="step", mininterval=1, disable=dist.get_rank() != 0
+    ) as bar:
+        for step in range(first, n_steps):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, n_steps, args.lr)
+            epoch = step // n_per_epoch
+            row = train_step(model, optimizer, pairs_of_step(pairs, step, args), epoch, args)
+            seconds = time.perf_counter() - started
+            row = {"step": step + 1, "epoch": epoch, **row, "seconds": round(seconds, 4)}
+            if metrics:
+                metrics.write(json.dumps(row) + "\n")
+                metrics.flush()
+            bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}, "
+                f"{row['n_pairs'] / seconds:.2f} pairs/s",
+                refresh=False,
             )
-    bar.close()
+            bar.update()
+            n_flat = n_flat + 1 if abs(row["loss"] - math.log(2)) < 1e-3 else 0
+            if n_flat == 20:
+                say("the loss stays at log 2: the model does not tell chosen from rejected")
+            last = step + 1 == n_steps
+            if args.eval_every_steps and (step + 1) % args.eval_every_steps == 0 and not last:
+                for name, test in tests.items():
+                    scores = rm.score_pairs(model, test, args.micro_batch_tokens)
+                    say(f"step {step + 1}: {name}: accuracy {test_accuracy(scores):.4f}")
+            interrupted = torch.tensor(len(stopped))
+            dist.all_reduce(interrupted)  # a signal may reach one rank only, or one before another
+            if interrupted or last or (step + 1) % args.save_every_steps == 0:
+                save_checkpoint(folder, step + 1, model, optimizer)
+            if interrupted and not last:
+                raise CritiqueRMError(
+                    f"interrupted after step {step + 1} of {n_steps}, which is saved; "
+                    f"continue with the same command and --out {folder} --resume"
+                )
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -612,7 +613,7 @@ def main() -> int:
     args = parse_arguments()
     try:
         summary = run(args)
-    except CritiqueRMError as error:
+    except (CritiqueRMError, OSError) as error:
         say(f"train.py: {error}")
         return 1
     except KeyboardInterrupt:

@@ -404,12 +404,13 @@ def test_a_torn_last_line_is_dropped_reported_and_asked_again(serve, run):
     run(server)
     whole, journal = Path("out.jsonl").read_text(), Path("out.jsonl.journal")
     lines = journal.read_bytes()
-    journal.write_bytes(lines[:-20])
-    result = run(server)
-    assert result.code == 0 and result.counts["requested"] == 1
-    assert "out.jsonl.journal: 1 torn line" in result.stderr
-    assert Path("out.jsonl").read_text() == whole
-    assert sorted(journal.read_bytes().splitlines()) == sorted(lines.splitlines())
+    for n_lost_bytes in (20, 1):
+        journal.write_bytes(lines[:-n_lost_bytes])
+        result = run(server)
+        assert result.code == 0 and result.counts["requested"] == 1
+        assert "out.jsonl.journal: 1 torn line(s) dropped" in result.stderr
+        assert Path("out.jsonl").read_text() == whole
+        assert journal.read_bytes() == lines
 
 
 def test_a_second_process_is_refused(serve, run):
@@ -665,9 +666,9 @@ def test_a_rate_limit_is_met_by_spacing_requests_out(serve, run):
         return echo(request)
 
     server = serve(reply)
-    write_pairs(50)
+    write_pairs(25)
     assert run(server).counts["failed"] == 0
-    assert server.n_requests < 250
+    assert server.n_requests < 125
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -1,0 +1,36 @@
+"""Every command of the README and of the scripts' docstrings is one that the scripts accept."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("train", "generate", "evaluate")
+
+
+def commands() -> list[list[str]]:
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    for name in SCRIPTS:
+        text += "\n" + (ROOT / f"{name}.py").read_text().split('"""')[1]
+    lines = re.split(r"\n|&&", text)
+    found = [shlex.split(line, comments=True) for line in lines if re.match(r" *(python|torchrun) ", line)]
+    return [words[next(n for n, w in enumerate(words) if w.endswith(".py")) :] for words in found]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_documented_command_is_accepted(words):
+    script, *arguments = words
+    importlib.import_module(script.removesuffix(".py")).parse_arguments(arguments)
+
+
+def test_commands_of_all_scripts_are_documented():
+    assert {words[0] for words in commands()} == {f"{name}.py" for name in SCRIPTS}
+
+
+def test_files_named_in_the_readme_exist():
+    table = re.findall(r"^\| `([^`]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    names = [name for name in table if re.fullmatch(r"[\w./]+(\.py|/)", name)]
+    assert names and all((ROOT / name).exists() for name in names)
