@@ -117,7 +117,7 @@ def read_pairs(source: str) -> list[Pair]:
 
     Raises CritiqueRMError naming file, line, field, what was found and what to do.
     """
-    records = [(where, _parse_pair(row, where)) for where, row in _read_rows(source)]
+    records = [(where, _parse_pair(row, where)) for where, row in read_rows(source)]
     pairs = [(where, pair) for where, pair in records if pair]
     n_ties = len(records) - len(pairs)
     if n_ties:
@@ -136,7 +136,7 @@ def read_answers(source: str) -> list[Answer]:
             _critiques(row, "critique", where),
             str(row.get("id", "")),
         )
-        for where, row in _read_rows(source)
+        for where, row in read_rows(source)
     ]
 
 
@@ -167,7 +167,7 @@ def _with_unique_ids(located: list[tuple[str, Pair]], source: str) -> list[Pair]
     return pairs
 
 
-def _read_rows(source: str) -> Iterator[tuple[str, dict]]:
+def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     """Yields (where, object) from a file or a Hub data set; `where` is for messages."""
     if not os.path.exists(source):
         yield from _read_hub(source)

@@ -15,6 +15,8 @@ percentiles of a bootstrap over prompts, since pairs over one prompt are not ind
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,12 +79,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-critiques", action="store_true", help="leave critiques out of the input")
     parser.add_argument("--max-length-tokens", type=int, help="of a sequence (default: the model's)")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="computed at a time")
+    parser.add_argument(
+        "--judge", metavar="FILE", action="append", default=[], help="verdicts of generate.py"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--json", metavar="FILE", help="write the table there too")
     parser.add_argument("--scores", metavar="FILE", help="write one line a pair there")
     args = parser.parse_args(argv)
-    if args.score and (args.json or args.scores):
-        parser.error("--json and --scores go with --data")
+    if args.score and (args.json or args.scores or args.judge):
+        parser.error("--json, --scores and --judge go with --data")
     for path in filter(None, (args.json, args.scores)):  # known before hours of scoring
         if not Path(path).absolute().parent.is_dir():
             parser.error(f"{path}: there is no such folder")
@@ -99,22 +104,42 @@ class Row:
 
     scorer: str
     subset: str
-    pairs: int | None  # None: a weighted mean of subsets
     accuracy: float
     low: float | None = None  # ends of the 95 % interval
     high: float | None = None
+    pairs: int | None = None  # None: a weighted mean of subsets
+    coverage: float | None = None  # the share of all pairs that got an answer
     ties: float | None = None
+    inconsistent: float | None = None  # verdicts that change with the order of the responses
 
 
-def measure(
-    scorer: str, subset: str, scores: list[PairScore], margins: np.ndarray, seed: int
-) -> Row:
-    """Accuracy, interval and tie rate from the margins (B,) of chosen over rejected."""
-    correct = margins > 0
-    low, high = bootstrap_interval(correct, [score.prompt_id for score in scores], seed)
-    return Row(
-        scorer, subset, len(scores), float(correct.mean()), low, high, float((margins == 0).mean())
-    )
+@dataclass(frozen=True)
+class Opinions:
+    """What one scorer says of the pairs it could read."""
+
+    scorer: str
+    scores: list[PairScore]  # B pairs
+    correct: np.ndarray  # (B,) 1 right, 0 wrong; a judge may be right in one of two orders
+    ties: np.ndarray | None = None  # (B,) bool
+    inconsistent: np.ndarray | None = None  # (B,) bool
+
+    def within(self, subset: str) -> "Opinions":
+        here = np.array([score.subset == subset for score in self.scores], bool)
+        arrays = (self.correct, self.ties, self.inconsistent)
+        return Opinions(
+            self.scorer,
+            [score for score, is_here in zip(self.scores, here) if is_here],
+            *(array if array is None else array[here] for array in arrays),
+        )
+
+    def measure(self, subset: str, n_pairs: int, seed: int) -> Row:
+        """Accuracy with interval, out of the `n_pairs` that there are."""
+        low, high = bootstrap_interval(self.correct, [s.prompt_id for s in self.scores], seed)
+        ties, inconsistent = (
+            None if array is None else float(array.mean()) for array in (self.ties, self.inconsistent)
+        )
+        n, accuracy = len(self.scores), float(self.correct.mean())
+        return Row(self.scorer, subset, accuracy, low, high, n, n / n_pairs, ties, inconsistent)
 
 
 def bootstrap_interval(correct: np.ndarray, prompt_ids: list[str], seed: int) -> tuple[float, float]:
@@ -127,31 +152,65 @@ def bootstrap_interval(correct: np.ndarray, prompt_ids: list[str], seed: int) ->
     return float(low), float(high)
 
 
-def margins_by_scorer(scores: list[PairScore]) -> dict[str, np.ndarray]:
-    """Margins (B,) of the reward model and of judges that look at length alone."""
-    margins = {
-        "reward model": [s.chosen_reward - s.rejected_reward for s in scores],
-        "longer response wins": [s.chosen_words - s.rejected_words for s in scores],
-    }
-    if all(s.chosen_critique_words and s.rejected_critique_words for s in scores):
-        margins["longer critique wins"] = [
-            s.chosen_critique_words - s.rejected_critique_words for s in scores
-        ]
-    return {scorer: np.array(values) for scorer, values in margins.items()}
+def collect_opinions(scores: list[PairScore], judges: Sequence[str]) -> list[Opinions]:
+    """The reward model, those that look at length alone, and the judges of the given files."""
+
+    def by_margin(scorer: str, those: list[PairScore], margins: list[float]) -> Opinions:
+        values = np.array(margins)
+        return Opinions(scorer, those, (values > 0).astype(float), values == 0)
+
+    reviewed = [s for s in scores if s.chosen_critique_words and s.rejected_critique_words]
+    opinions = [
+        by_margin("reward model", scores, [s.chosen_reward - s.rejected_reward for s in scores]),
+        by_margin("longer response wins", scores, [s.chosen_words - s.rejected_words for s in scores]),
+        by_margin(
+            "longer critique wins",
+            reviewed,
+            [s.chosen_critique_words - s.rejected_critique_words for s in reviewed],
+        ),
+    ]
+    for path in judges:
+        opinions += read_verdicts(path, scores)
+    return [opinion for opinion in opinions if opinion.scores]
 
 
-def tabulate(scores: list[PairScore], seed: int) -> list[Row]:
+def read_verdicts(path: str, scores: list[PairScore]) -> list[Opinions]:
+    """Reads what `generate.py --task judge` wrote; a pair counts if both orders got an answer."""
+    by_scorer: dict[str, dict[str, list[bool]]] = {}
+    for where, row in rm.read_rows(path):
+        try:
+            answers = [row["verdicts"][order] for order in ("chosen_first", "rejected_first")]
+            scorer = "judge with critiques" if row["with_critiques"] else "judge"
+            pair_id = row["id"]
+        except (KeyError, TypeError):
+            raise CritiqueRMError(f"{where}: not a verdict of generate.py --task judge") from None
+        if None not in answers:
+            by_scorer.setdefault(scorer, {})[pair_id] = [a == "chosen" for a in answers]
+    opinions = []
+    for scorer, verdicts in by_scorer.items():
+        judged = [score for score in scores if score.id in verdicts]
+        right = np.array([verdicts[score.id] for score in judged], float).reshape(-1, 2)
+        opinions.append(
+            Opinions(scorer, judged, right.mean(1), inconsistent=right[:, 0] != right[:, 1])
+        )
+    return opinions
+
+
+def tabulate(
+    scores: list[PairScore], n_pairs: int | None = None, judges: Sequence[str] = (), seed: int = 0
+) -> list[Row]:
     """All rows of the table: for each scorer overall, by subset, and by RewardBench section."""
     rows = []
-    subsets = sorted({score.subset for score in scores})
-    for scorer, margins in margins_by_scorer(scores).items():
-        rows.append(measure(scorer, "all", scores, margins, seed))
-        by_subset = []
-        for subset in subsets if len(subsets) > 1 else []:
-            here = np.array([score.subset == subset for score in scores])
-            those = [score for score, is_here in zip(scores, here) if is_here]
-            by_subset.append(measure(scorer, subset or "(none)", those, margins[here], seed))
-        rows += by_subset + rewardbench_rows(scorer, {row.subset: row.accuracy for row in by_subset})
+    n_by_subset = Counter(score.subset for score in scores)
+    for opinions in collect_opinions(scores, judges):
+        rows.append(opinions.measure("all", n_pairs or len(scores), seed))
+        by_subset = [
+            those.measure(subset or "(none)", n, seed)
+            for subset, n in sorted(n_by_subset.items())
+            if len(n_by_subset) > 1 and (those := opinions.within(subset)).scores
+        ]
+        accuracy = {row.subset: row.accuracy for row in by_subset}
+        rows += by_subset + rewardbench_rows(opinions.scorer, accuracy)
     return rows
 
 
@@ -162,26 +221,28 @@ def rewardbench_rows(scorer: str, accuracy: dict[str, float]) -> list[Row]:
         for name, weights in REWARDBENCH.items()
         if accuracy.keys() >= weights.keys()
     }
-    rows = [Row(scorer, f"RewardBench {name}", None, value) for name, value in sections.items()]
+    rows = [Row(scorer, f"RewardBench {name}", value) for name, value in sections.items()]
     if len(sections) == len(REWARDBENCH):
-        rows.append(Row(scorer, "RewardBench", None, sum(sections.values()) / len(sections)))
+        rows.append(Row(scorer, "RewardBench", sum(sections.values()) / len(sections)))
     return rows
 
 
 def to_markdown(rows: list[Row]) -> str:
-    lines = [
-        "| scored by | subset | pairs | accuracy | 95 % interval | ties |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        interval = "" if row.low is None else f"{row.low:.3f}–{row.high:.3f}"
-        ties = "" if row.ties is None else f"{row.ties:.3f}"
-        pairs = "" if row.pairs is None else row.pairs
-        subset = row.subset.replace("|", "\\|")
-        lines.append(
-            f"| {row.scorer} | {subset} | {pairs} | {row.accuracy:.4f} | {interval} | {ties} |"
-        )
-    return "\n".join(lines)
+    """The table, without columns that no row fills."""
+    columns = {
+        "scored by": lambda row: row.scorer,
+        "subset": lambda row: row.subset.replace("|", "\\|"),
+        "pairs": lambda row: row.pairs and str(row.pairs),
+        "accuracy": lambda row: f"{row.accuracy:.4f}",
+        "95 % interval": lambda row: row.high is not None and f"{row.low:.3f}–{row.high:.3f}",
+        "ties": lambda row: row.ties is not None and f"{row.ties:.3f}",
+        "inconsistent": lambda row: row.inconsistent is not None and f"{row.inconsistent:.3f}",
+        "coverage": lambda row: row.coverage not in (None, 1) and f"{row.coverage:.3f}",
+    }
+    cells = {title: [show(row) or "" for row in rows] for title, show in columns.items()}
+    cells = {title: column for title, column in cells.items() if any(column)}
+    lines = [list(cells), ["---"] * len(cells), *zip(*cells.values())]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,10 +256,8 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
     scores = rm.score_pairs(model, encoded, args.micro_batch_tokens)
     if dist.get_rank() != 0:
         return 0
-    rows = tabulate(scores, args.seed)
+    rows = tabulate(scores, len(pairs), args.judge, args.seed)
     print(to_markdown(rows))
-    if len(scores) < len(pairs):
-        print(f"\n{len(pairs) - len(scores)} of {len(pairs)} pairs are not in this table.")
     if args.scores:
         rm.write_scores(Path(args.scores), scores)
     if args.json:

@@ -68,32 +68,34 @@ POLL_SECONDS, GRACE_SECONDS = 0.1, 1.0  # grace: for answers on their way when t
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("pairs", metavar="PAIRS", help="preference pairs: a file or a Hub data set")
-    add("--output", required=True, metavar="OUT", help="JSON lines file to write")
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("pairs", metavar="PAIRS", help="preference pairs: a file or Hub data set")
+    parser.add_argument("--output", required=True, metavar="OUT", help="JSON lines file to write")
     add = parser.add_argument_group("task").add_argument
-    add("--task", choices=SIDES, default="critique", help="(default critique)")
-    add("--n-critiques", type=positive_int, default=1, metavar="K", help="per response (default 1)")
+    add("--task", choices=SIDES, default="critique", help="what to ask for")
+    add("--n-critiques", type=positive_int, default=1, metavar="K", help="critiques of a response")
     add("--with-critiques", action="store_true", help="show the judge the critiques")
-    add("--prompt-file", type=read_text, dest="instruction", metavar="FILE",
-        help="text to replace the built-in instruction")
+    add("--prompt-file", type=read_text, metavar="FILE", help="text in place of the instruction")
     add = parser.add_argument_group("endpoint (its key is read from OPENAI_API_KEY)").add_argument
-    add("--base-url", type=chat_url, default=os.environ.get("OPENAI_BASE_URL"), metavar="URL",
-        help="address that /chat/completions is added to (default from OPENAI_BASE_URL)")
-    add("--model", required=True, metavar="NAME", help="name of the model at the endpoint")
-    add("--temperature", type=float, metavar="T", help="(default the endpoint's own)")
-    add("--max-tokens", type=positive_int, default=512, metavar="N", help="an answer (default 512)")
+    url = os.environ.get("OPENAI_BASE_URL")
+    add("--base-url", type=chat_url, default=url, metavar="URL", help="or OPENAI_BASE_URL")
+    add("--model", required=True, metavar="NAME", help="name of the model there")
+    add("--temperature", type=float, metavar="T", help="None: the endpoint's own")
+    add("--max-tokens", type=positive_int, default=512, metavar="N", help="tokens of an answer")
     add("--max-tokens-field", default="max_tokens", metavar="NAME", help="or max_completion_tokens")
     add("--extra-body", type=json.loads, default={}, metavar="JSON", help="more request fields")
     add("--header", type=header, action="append", default=[], metavar="NAME:VALUE",
-        help="one more header; a secret as 'NAME:$VARIABLE', read from the environment")
+        help="another header; a secret as 'NAME:$VARIABLE', read from the environment")
     add = parser.add_argument_group("run").add_argument
-    add("--workers", type=positive_int, default=16, metavar="N", help="calls at once (default 16)")
-    add("--max-retries", type=positive_int, default=8, metavar="N", help="of a call (default 8)")
-    add("--timeout-seconds", type=float, default=300, metavar="S", help="of silence (default 300)")
-    add("--max-requests", type=positive_int, metavar="N", help="calls in this run (default all)")
-    add("--dry-run", action="store_true", help="show the first request and the totals, send none")
+    add("--workers", type=positive_int, default=16, metavar="N", help="calls at a time")
+    add("--max-retries", type=positive_int, default=8, metavar="N", help="of one call")
+    add("--timeout-seconds", type=float, default=300.0, metavar="S", help="of silence")
+    add("--max-requests", type=positive_int, metavar="N", help="calls in this run; None: all")
+    add("--dry-run", action="store_true", help="show the first request and totals, send nothing")
     args = parser.parse_args(argv)
     taken = {"model", "messages", "n", "stream", args.max_tokens_field}
     if not args.base_url:
@@ -104,7 +106,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--with-critiques is for --task judge, --n-critiques for --task critique")
     if not isinstance(args.extra_body, dict) or taken & set(args.extra_body):
         parser.error(f"--extra-body must be a JSON object without {', '.join(sorted(taken))}")
-    args.instruction = args.instruction or INSTRUCTIONS[args.task]
+    args.instruction = args.prompt_file or INSTRUCTIONS[args.task]
     return args
 
 
@@ -146,6 +148,9 @@ def header(text: str) -> tuple[str, str, str]:
 # Questions
 
 
+Messages = tuple[Message, ...]
+
+
 class Call(NamedTuple):
     """One question about a pair: about one side or, to a judge, about both with one side first."""
 
@@ -155,16 +160,14 @@ class Call(NamedTuple):
     sample: int
 
 
-def build_critique_messages(
-    prompt: tuple[Message, ...], response: str, instruction: str
-) -> tuple[Message, ...]:
+def build_critique_messages(prompt: Messages, response: str, instruction: str) -> Messages:
     """Asks for a critique of one response: neither label nor other response can leak into it."""
     return render(prompt, [("RESPONSE", response)], instruction)
 
 
 def build_judge_messages(
     first: Answer, second: Answer, with_critiques: bool, instruction: str
-) -> tuple[Message, ...]:
+) -> Messages:
     """Asks which of two answers to one prompt is better, with or without their critiques."""
     sections = []
     for letter, answer in ("A", first), ("B", second):
@@ -174,9 +177,7 @@ def build_judge_messages(
     return render(first.prompt, sections, instruction)
 
 
-def render(
-    prompt: tuple[Message, ...], sections: list[tuple[str, str]], instruction: str
-) -> tuple[Message, ...]:
+def render(prompt: Messages, sections: list[tuple[str, str]], instruction: str) -> Messages:
     """One user message; like a Markdown fence, the mark grows until no data holds it."""
     sections = [(message.role.upper(), message.content) for message in prompt] + sections
     mark = "==="
@@ -307,6 +308,14 @@ class Endpoint:
             self.secrets = [key]
         self.headers |= {name: value for name, value, _ in args.header}
 
+    def connect(self) -> requests.Session:
+        session = requests.Session()
+        session.headers.update(self.headers)
+        found = session.merge_environment_settings(self.args.base_url, {}, None, None, None)
+        session.proxies, session.verify = found["proxies"], found["verify"]
+        session.trust_env = False  # it costs 1 ms a request, and lets ~/.netrc replace the key
+        return session
+
     def wait(self, seconds: float) -> None:
         """Waits, then for this worker's turn: a rate limit holds all back, then spaces them out."""
         ready_at = time.monotonic() + seconds
@@ -323,9 +332,10 @@ class Endpoint:
 
     def back_off(self, problem: Retry, n_retries: int) -> float:
         """Seconds to wait before the next try. Raises the problem if that was the last one."""
-        is_unreachable = problem.reason == "unreachable"
-        limit = math.inf if self.is_reached or not is_unreachable else FIRST_CONTACT_RETRIES
-        if n_retries > min(limit, self.args.max_retries):
+        is_unreachable, limit = problem.reason == "unreachable", self.args.max_retries
+        if is_unreachable and not self.is_reached:
+            limit = min(limit, FIRST_CONTACT_RETRIES)
+        if n_retries > limit:
             raise self.stop_error(problem.detail) if is_unreachable else problem
         seconds = problem.wait_seconds
         if seconds is None:  # full jitter: workers that failed together come back apart
@@ -348,7 +358,7 @@ class Endpoint:
         except requests.RequestException as error:
             if cause := getattr(next(iter(error.args), None), "reason", None):  # never connected
                 raise Retry("unreachable", str(cause).split(": ")[-1]) from None
-            raise Retry(type(error).__name__) from None
+            raise Retry(type(error).__name__) from None  # a timeout, a reset, half a body
         self.is_reached = True
         text = response.content.decode("utf-8", "replace")
         for secret in self.secrets:
@@ -361,11 +371,12 @@ class Endpoint:
         return reply
 
     def explain(self, response: requests.Response, error: object) -> CritiqueRMError:
+        """What a response without an answer means: Retry, Failed, or the end of the run."""
         error = error if isinstance(error, dict) else {"message": error}
         status, code = response.status_code, error.get("code") or error.get("type") or ""
+        words, message = str(error).lower(), one_line(str(error.get("message")))
         if status == 200 and code in range(400, 600):
             status = code  # some gateways answer 200 and put the status here
-        words, message = str(error).lower(), one_line(str(error.get("message")))
         if target := response.headers.get("Location", "").partition("?")[0]:
             return self.stop_error(f"{status}, moved to {one_line(target)}")
         is_account = status == 403 and not re.search("moderation|flagged|content_", words)
@@ -377,7 +388,7 @@ class Endpoint:
         return Failed(f"status {status} {code}".strip(), message)
 
     def stop_error(self, problem: str) -> CritiqueRMError:
-        advice = "check --base-url, --model and OPENAI_API_KEY"
+        advice = "check the URL, --model and OPENAI_API_KEY"
         return CritiqueRMError(f"{self.name}: {problem}; {advice}")
 
 
@@ -469,8 +480,7 @@ def read_verdict(answer: str) -> str | None:
 
 def work(endpoint: Endpoint, inbox: SimpleQueue, outcomes: SimpleQueue) -> None:
     """One worker, with a connection of its own that it keeps."""
-    with requests.Session() as session:  # without `auth`, ~/.netrc would replace the key
-        session.auth = lambda request: request.headers.update(endpoint.headers) or request
+    with endpoint.connect() as session:
         for call in iter(inbox.get, None):
             spent = Counter()
             try:
@@ -547,10 +557,11 @@ def build_rows(
             keys[call.pair.id].setdefault(call.side, []).append(call.key)
     for pair in pairs:
         answers = {side: list(map(journal.read, found)) for side, found in keys[pair.id].items()}
-        if args.task == "critique":
-            yield build_critiques(pair, answers, args.n_critiques)
+        if args.task == "judge":
+            verdicts = build_verdicts(answers)
+            yield {"id": pair.id, "with_critiques": args.with_critiques, "verdicts": verdicts}
         else:
-            yield build_verdicts(pair, answers, args.with_critiques)
+            yield build_critiques(pair, answers, args.n_critiques)
 
 
 def build_critiques(pair: Pair, critiques: dict[str, list[str]], n_critiques: int) -> dict:
@@ -563,12 +574,12 @@ def build_critiques(pair: Pair, critiques: dict[str, list[str]], n_critiques: in
     return row | ({"margin": pair.margin} if pair.margin else {})
 
 
-def build_verdicts(pair: Pair, answers: dict[str, list[str]], with_critiques: bool) -> dict:
+def build_verdicts(answers: dict[str, list[str]]) -> dict[str, str | None]:
     verdicts = dict.fromkeys(SIDES["judge"])
     for side, (answer,) in answers.items():
         shown = ("chosen", "rejected") if side == "chosen_first" else ("rejected", "chosen")
         verdicts[side] = shown["AB".index(read_verdict(answer))]
-    return {"id": pair.id, "with_critiques": with_critiques, "verdicts": verdicts}
+    return verdicts
 
 
 def report_leaks(critiques: Iterable[str]) -> None:
@@ -616,7 +627,6 @@ def write_lines(path: str, rows: Iterable[dict]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Main
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -645,7 +655,7 @@ def run(args: argparse.Namespace) -> int:
     with journal.file:
         todo = list({call.key: call for call in calls if call.key not in journal.places}.values())
         if n_reused := len(calls) - len(todo):
-            say(f"{n_reused} of {len(calls)} answers are known or the same as another's")
+            say(f"{n_reused} of {len(calls)} calls saved: answered before, or the same as another")
         todo = todo[: args.max_requests]
         if args.dry_run:
             n_failed, spent = 0, show(todo, args)
@@ -674,14 +684,12 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     try:
         return run(parse_args(argv))
-    except CritiqueRMError as error:
+    except (CritiqueRMError, OSError) as error:
         say(str(error))
-    except OSError as error:
-        say(f"{error.filename or 'output'}: {error.strerror}")
+        return 1
     except KeyboardInterrupt:
         say("interrupted; the answers that arrived are kept, and the same command continues")
         return 130
-    return 1
 
 
 if __name__ == "__main__":

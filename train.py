@@ -69,6 +69,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     loop.add_argument("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
     loop.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3 for tiny, else 1e-5)")
     loop.add_argument("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
+    loop.add_argument(
+        "--average-critiques",
+        action="store_true",
+        help="train on the mean reward of all critiques of a response, not on one drawn an epoch",
+    )
     loop.add_argument("--seed", type=int, default=0, help="of data order, head and tiny model")
     loop.add_argument(
         "--micro-batch-tokens", type=positive_int, default=2048, help="computed at a time on a rank"
@@ -261,7 +266,7 @@ def prepare_model(
         model = rm.build_model(config, dtype, mesh)
         rm.read_weights(model, source, device, head_seed=args.seed)
     if args.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return model.train(), encoder
 
 
@@ -329,10 +334,14 @@ def pairs_of_step(pairs: list[EncodedPair], step: int, args: argparse.Namespace)
     return [pairs[n] for n in order[k * args.batch_pairs : (k + 1) * args.batch_pairs]]
 
 
-def draw_sequences(encoded: EncodedPair, seed: int, epoch: int) -> list[np.ndarray]:
-    """The chosen and the rejected sequence of this epoch: one of the critiques on each side."""
-    rng = np.random.default_rng([seed, epoch, int(rm.digest(encoded.pair.id), 16)])
-    return [side[rng.integers(len(side))] for side in (encoded.chosen, encoded.rejected)]
+def choose_sequences(
+    encoded: EncodedPair, epoch: int, args: argparse.Namespace
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The chosen and rejected sequences to train on: of one critique, drawn anew each epoch, or all."""
+    if args.average_critiques:
+        return encoded.chosen, encoded.rejected
+    rng = np.random.default_rng([args.seed, epoch, int(rm.digest(encoded.pair.id), 16)])
+    return tuple([side[rng.integers(len(side))]] for side in (encoded.chosen, encoded.rejected))
 
 
 def train_step(
@@ -345,18 +354,20 @@ def train_step(
     """One optimizer update over the pairs of all ranks; returns the metrics of the whole step."""
     device = next(model.parameters()).device
     share = rm.shares_prefixes(model.config)
-    units = [
-        rm.build_tries(draw_sequences(encoded, args.seed, epoch), (2 * n, 2 * n + 1), share)
-        for n, encoded in enumerate(pairs)
-    ]
+    units = []
+    for n, encoded in enumerate(pairs):
+        chosen, rejected = choose_sequences(encoded, epoch, args)
+        numbers = [2 * n] * len(chosen) + [2 * n + 1] * len(rejected)
+        units.append(rm.build_tries([*chosen, *rejected], numbers, share))
     margins = torch.tensor([e.pair.margin for e in pairs], dtype=torch.float32, device=device)
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     for rows in rm.deal(units, args.micro_batch_tokens, share):
         batch = rm.collate(rows, device)
-        numbers, order = batch.numbers.sort()
-        rewards = rm.compute_rewards(model, batch)[order].view(-1, 2)  # (B, 2)
-        chosen, rejected = rewards.unbind(1)
-        loss = rm.pairwise_loss(chosen, rejected, margins[numbers[::2] // 2], args.centering)
+        sides, place, n_each = batch.numbers.unique(return_inverse=True, return_counts=True)
+        sums_by_side = torch.zeros(len(sides), device=device)
+        sums_by_side = sums_by_side.index_add(0, place, rm.compute_rewards(model, batch))
+        chosen, rejected = (sums_by_side / n_each).view(-1, 2).unbind(1)  # (B,) each
+        loss = rm.pairwise_loss(chosen, rejected, margins[sides[::2] // 2], args.centering)
         # FSDP averages gradients over ranks; the loss is a mean over the pairs of all of them
         (loss * dist.get_world_size() / len(pairs)).backward()
         with torch.no_grad():

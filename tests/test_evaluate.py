@@ -25,7 +25,7 @@ def row(rows: list[evaluate.Row], scorer: str, subset: str) -> evaluate.Row:
 
 def test_a_tie_is_wrong_and_counted():
     scores = [score(0, 1.0), score(1, 0.0), score(2, -1.0), score(3, 2.0)]
-    (model, length) = evaluate.tabulate(scores, seed=0)
+    (model, length) = evaluate.tabulate(scores)
     assert (model.accuracy, model.ties, model.pairs) == (0.5, 0.25, 4)
     assert (length.scorer, length.accuracy) == ("longer response wins", 0.0)
 
@@ -65,8 +65,25 @@ def test_interval_is_wider_when_pairs_share_prompts():
     assert (low, high) == pytest.approx((0.7 - half, 0.7 + half), abs=0.015)
 
 
+def test_a_judge_counts_where_both_orders_are_answered(tmp_path):
+    answers = [("chosen", "chosen"), ("chosen", "rejected"), ("rejected", None), ("rejected",) * 2]
+    path = tmp_path / "verdicts.jsonl"
+    with path.open("w") as file:
+        for n, (first, second) in enumerate(answers):
+            verdicts = {"chosen_first": first, "rejected_first": second}
+            file.write(json.dumps({"id": str(n), "with_critiques": True, "verdicts": verdicts}) + "\n")
+    rows = evaluate.tabulate([score(n, 1.0) for n in range(4)], judges=[str(path)])
+    judge = row(rows, "judge with critiques", "all")
+    assert (judge.accuracy, judge.inconsistent) == (pytest.approx(0.5), pytest.approx(1 / 3))
+    assert (judge.pairs, judge.coverage, judge.ties) == (3, 0.75, None)
+
+
+def test_pairs_that_were_not_scored_lower_the_coverage():
+    assert evaluate.tabulate([score(0, 1.0)], n_pairs=4)[0].coverage == 0.25
+
+
 def test_subsets_have_rows_and_names_cannot_break_the_table():
-    rows = evaluate.tabulate([score(0, 1.0, "a|b"), score(1, -1.0, "c")], seed=0)
+    rows = evaluate.tabulate([score(0, 1.0, "a|b"), score(1, -1.0, "c")])
     assert row(rows, "reward model", "a|b").accuracy == 1.0
     assert row(rows, "reward model", "c").accuracy == 0.0
     assert "| reward model | a\\|b | 1 | 1.0000 |" in evaluate.to_markdown(rows)

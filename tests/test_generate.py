@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import generate  # noqa: E402
-from critique_rm import Message, digest, read_pairs  # noqa: E402
+from critique_rm import CritiqueRMError, Message, digest, read_pairs  # noqa: E402
 
 KEY = "sk-very-secret-0123456789"
 
@@ -344,8 +344,9 @@ def test_equal_questions_are_asked_once(serve, run):
     result = run(server)
     assert server.n_requests == 11  # ten rejected responses, one chosen
     assert (result.counts["requested"], result.counts["reused"]) == (11, 9)
-    assert "9 " in result.stderr
-    assert {row["chosen_critique"] for row in read_rows()} == {critique_of(question("Q", "the same"))}
+    assert "9 of 20 calls saved" in result.stderr
+    critique = critique_of(question("Q", "the same"))
+    assert {row["chosen_critique"] for row in read_rows()} == {critique}
     counts = run(server).counts
     assert (counts["requested"], counts["reused"], server.n_requests) == (0, 20, 11)
 
@@ -545,7 +546,8 @@ def test_a_server_with_thirty_percent_faults_loses_nothing(serve, run):
     write_pairs(100)
     result = run(server, "--timeout-seconds", "0.3")
     assert len(counts) == len(FAULTS) + 1
-    failures = {(row["id"], row["side"]): row["reason"] for row in read_rows("out.jsonl.failures.jsonl")}
+    rows = read_rows("out.jsonl.failures.jsonl")
+    failures = {(row["id"], row["side"]): row["reason"] for row in rows}
     assert set(failures.values()) == FINAL_FAULTS
     assert result.code == 1 and result.counts["failed"] == len(failures)
     for row in read_rows():
@@ -577,7 +579,7 @@ def test_hopeless_errors_stop_the_run_with_one_line(reply, expected, serve, run)
     assert result.code == 1 and server.n_requests <= 12
     assert result.stderr == (
         f"{server.url}/chat/completions: {expected}; "
-        "check --base-url, --model and OPENAI_API_KEY\n"
+        "check the URL, --model and OPENAI_API_KEY\n"
     )
     assert len(read_rows("out.jsonl.journal")) == 10 and not os.path.exists("out.jsonl")
 
@@ -593,9 +595,16 @@ def test_a_wrong_address_is_one_line_soon(host, run):
     assert "OPENAI_API_KEY" in result.stderr
 
 
-def test_a_server_that_comes_back_is_waited_for(serve, run):
-    """Once reached, a refused connection is a restart, not a typing error."""
-    ...
+def test_a_server_that_was_reached_before_is_waited_for_longer():
+    args = generate.parse_args(arguments("http://127.0.0.1:1"))
+    endpoint, problem = generate.Endpoint(args), generate.Retry("unreachable", "refused")
+    assert endpoint.back_off(problem, 2) <= 60
+    with pytest.raises(CritiqueRMError, match="127.0.0.1:1/chat/completions: refused;"):
+        endpoint.back_off(problem, 3)
+    endpoint.is_reached = True
+    assert endpoint.back_off(problem, 8) <= 60
+    with pytest.raises(CritiqueRMError, match="refused"):
+        endpoint.back_off(problem, 9)
 
 
 def test_a_redirect_to_another_host_gets_neither_key_nor_prompt(serve, run):
@@ -673,9 +682,8 @@ def test_a_rate_limit_is_met_by_spacing_requests_out(serve, run):
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_retry_after_seconds_are_waited_exactly(status, serve, run):
-    server = serve(
-        lambda request, number: error(status, headers={"Retry-After": "0.5"}) if number == 1 else echo(request)
-    )
+    refusal = error(status, headers={"Retry-After": "0.5"})
+    server = serve(lambda request, number: refusal if number == 1 else echo(request))
     write_pairs(1)
     assert run(server, "--workers", "1").code == 0
     first, second = [request.time for request in server.requests][:2]
@@ -710,7 +718,8 @@ def test_an_answer_cut_off_gets_twice_the_limit_once(serve, run):
     write_pairs(1)
     result = run(server, "--max-tokens", "50")
     assert sorted(request.body["max_tokens"] for request in server.requests) == [50, 50, 100, 100]
-    assert read_rows()[0].keys() >= {"chosen_critique"} and "rejected_critique" not in read_rows()[0]
+    (row,) = read_rows()
+    assert "chosen_critique" in row and "rejected_critique" not in row
     assert [row["reason"] for row in read_rows("out.jsonl.failures.jsonl")] == ["length"]
     assert result.counts["completion_tokens"] == 4 * 3
 

@@ -265,6 +265,28 @@ def test_micro_batches_do_not_change_the_step(model_and_pairs):
         assert row["n_tokens"] == rows[0]["n_tokens"]
 
 
+def test_averaging_equal_critiques_is_the_same_step_as_one(model_and_pairs):
+    args, model, pairs = model_and_pairs
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    one = train.train_step(model, optimizer, pairs, 0, args)
+    thrice = [rm.EncodedPair(e.pair, e.chosen * 3, e.rejected * 2) for e in pairs]
+    args.average_critiques = True
+    three = train.train_step(model, optimizer, thrice, 0, args)
+    args.average_critiques = False
+    assert three["n_tokens"] == one["n_tokens"]  # the trie holds them once
+    assert three["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert three["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+
+def test_one_of_several_critiques_is_drawn_for_each_epoch():
+    args = train.parse_arguments([])
+    pair = rm.Pair("id", (rm.Message("user", "x"),), "y", "z")
+    encoded = rm.EncodedPair(pair, [np.array([n]) for n in range(4)], [np.array([9])])
+    drawn = [[int(side[0][0]) for side in train.choose_sequences(encoded, e, args)] for e in range(40)]
+    assert {chosen for chosen, _ in drawn} == {0, 1, 2, 3}
+    assert drawn == [[int(s[0][0]) for s in train.choose_sequences(encoded, e, args)] for e in range(40)]
+
+
 def test_eight_pairs_are_learned(model_and_pairs):
     args, model, pairs = model_and_pairs
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -292,9 +314,9 @@ def test_activation_checkpointing_does_not_change_the_gradient(model_and_pairs):
     args, model, pairs = model_and_pairs
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     plain = train.train_step(model, optimizer, pairs, 0, args)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     checkpointed = train.train_step(model, optimizer, pairs, 0, args)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     assert checkpointed["grad_norm"] == plain["grad_norm"]
 
 
