@@ -446,7 +446,7 @@ def train(
             if args.eval_every_steps and (step + 1) % args.eval_every_steps == 0 and not last:
                 for name, test in tests.items():
                     scores = rm.score_pairs(model, test, args.micro_batch_tokens)
-                    say(f"step {step + 1}: {name}: accuracy {test_accuracy(scores):.4f}")
+                    say(f"step {step + 1}: {name}: accuracy {accuracy(scores):.4f}")
             interrupted = torch.tensor(len(stopped))
             dist.all_reduce(interrupted)  # a signal may reach one rank only, or one before another
             if interrupted or last or (step + 1) % args.save_every_steps == 0:
@@ -468,7 +468,7 @@ def open_metrics(folder: Path, n_steps_done: int):
     return path.open("a")
 
 
-def test_accuracy(scores: list[PairScore]) -> float:
+def accuracy(scores: list[PairScore]) -> float:
     """The share of pairs with the chosen response above the rejected one; a tie is wrong."""
     return sum(s.chosen_reward > s.rejected_reward for s in scores) / len(scores)
 
@@ -488,7 +488,7 @@ def finish(
     results = {}
     for number, (name, test) in enumerate(tests.items()):
         scores = rm.score_pairs(model, test, args.micro_batch_tokens)
-        results[name] = test_accuracy(scores)
+        results[name] = accuracy(scores)
         stem = Path(name).name.split(".")[0]
         twin = any(Path(other).name.split(".")[0] == stem for other in list(tests)[:number])
         if dist.get_rank() == 0:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -129,7 +130,7 @@ def tokenizer(style: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def mesh():
-    """The device mesh of one process, on one core."""
+    """The device mesh of one process, which keeps to one core."""
     torch.set_num_threads(1)
     return rm.start_processes()[1]
 
@@ -141,7 +142,6 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
     "initializer_range": 0.3,  # large: rewards then differ by about 1
     "num_labels": 1,
     "pad_token_id": 0,
@@ -152,8 +152,6 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def make_config() -> Callable:
-    import transformers
-
     def make(architecture: str, **changes):
         return getattr(transformers, architecture + "Config")(**(TINY | changes))
 

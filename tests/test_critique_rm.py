@@ -1,6 +1,5 @@
 """What generating, training and scoring agree on: records, tokens, tries, rewards, model folders."""
 
-import datetime
 import gzip
 import itertools
 import json
@@ -8,6 +7,8 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -34,73 +35,69 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
-def write(path, *records: dict):
+def write(path, *records: dict) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
 
-ASKED = (Message("user", "p"),)
-TALK = (Message("user", "p"), Message("assistant", "q"), Message("user", "s"))
-TALK_JSON = [user("p"), assistant("q"), user("s")]
+ASKED, TALKED = [user("p")], [user("p"), assistant("q"), user("s")]
 PLAIN = {"id": "a", "prompt": "p", "chosen": "c", "rejected": "r"}
 PANDALM = {"idx": 7, "instruction": "do", "input": "", "response1": "x", "response2": "y"}
 LLMBAR = {"input": "p", "output_1": "x", "output_2": "y"}
-VOTES = ("annotator1", "annotator2", "annotator3")
+HH = "\n\nHuman: p\n\nAssistant: q\n\nHuman: s\n\nAssistant: "
+
+
+def votes(*sides: int) -> dict:
+    return {f"annotator{n}": side for n, side in enumerate(sides, 1)}
+
+
+def sides(chosen: list, rejected: list, **fields) -> dict:
+    return {"id": "a", "chosen": chosen, "rejected": rejected, **fields}
+
+
+def pair(prompt: str | list = "p", chosen: str = "c", rejected: str = "r", **fields) -> Pair:
+    prompt = [user(prompt)] if isinstance(prompt, str) else prompt
+    return Pair(**{"id": "a"} | fields, prompt=talk(prompt), chosen=chosen, rejected=rejected)
+
+
+def talk(messages: list[dict]) -> tuple[Message, ...]:
+    return tuple(Message(**message) for message in messages)
+
+
+CHAT = [assistant("c")], [assistant("r")]
+ULTRA = {"prompt_id": "f0", "messages": ASKED + CHAT[0], "score_chosen": 8.5, "score_rejected": 8}
 FORMATS = {
     "ours": (
         PLAIN | {"chosen_critique": "g", "rejected_critique": ["b", "w"], "margin": 0.5},
-        Pair("a", ASKED, "c", "r", ("g",), ("b", "w"), "", 0.5),
+        pair(chosen_critiques=("g",), rejected_critiques=("b", "w"), margin=0.5),
     ),
-    "ours, messages": (
-        PLAIN | {"prompt": [{"role": "system", "content": "be"}, user("p")], "subset": "s"},
-        Pair("a", (Message("system", "be"), Message("user", "p")), "c", "r", subset="s"),
-    ),
-    "ours, null and empty fields": (
+    "ours, messages": (PLAIN | {"prompt": TALKED, "subset": "z"}, pair(TALKED, subset="z")),
+    "ours, nulls": (
         PLAIN | {"chosen": "", "chosen_critique": None, "rejected_critique": [], "margin": None},
-        Pair("a", ASKED, "", "r"),
+        pair(chosen=""),
     ),
-    "TRL, explicit plain": (PLAIN, Pair("a", ASKED, "c", "r")),
-    "TRL, explicit chat": (
-        {"id": "a", "prompt": TALK_JSON, "chosen": [assistant("c")], "rejected": [assistant("r")]},
-        Pair("a", TALK, "c", "r"),
+    "TRL, explicit, plain": (PLAIN, pair()),
+    "TRL, explicit, chat": (sides(*CHAT, prompt=TALKED), pair(TALKED)),
+    "TRL, implicit, plain": (
+        sides("The sky is blue.", "The sky is black."),
+        pair("The sky is ", "blue.", "black."),
     ),
-    "TRL, implicit plain": (
-        {"id": "a", "chosen": "The sky is blue.", "rejected": "The sky is black."},
-        Pair("a", (Message("user", "The sky is "),), "blue.", "black."),
-    ),
-    "TRL, implicit chat": (
-        {"id": "a", "chosen": [*TALK_JSON, assistant("c")], "rejected": [*TALK_JSON, assistant("r")]},
-        Pair("a", TALK, "c", "r"),
-    ),
-    "UltraFeedback-binarized": (
-        {
-            **{"id": "a", "prompt": "p", "prompt_id": "f00", "messages": [user("p"), assistant("c")]},
-            **{"chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
-            **{"score_chosen": 8.5, "score_rejected": 8.0},
-        },
-        Pair("a", ASKED, "c", "r"),
-    ),
-    "HH-RLHF": (
-        {
-            "id": "a",
-            "chosen": "\n\nHuman: p\n\nAssistant: q\n\nHuman: s\n\nAssistant: c\n\nmore",
-            "rejected": "\n\nHuman: p\n\nAssistant: q\n\nHuman: s\n\nAssistant: r",
-        },
-        Pair("a", TALK, "c\n\nmore", "r"),
-    ),
+    "TRL, implicit, chat": (sides(TALKED + CHAT[0], TALKED + CHAT[1]), pair(TALKED)),
+    "UltraFeedback": (sides(ASKED + CHAT[0], ASKED + CHAT[1], prompt="p", **ULTRA), pair()),
+    "HH-RLHF": (sides(HH + "c\n\nmore", HH + "r"), pair(TALKED, "c\n\nmore")),
     "RewardBench": (
         PLAIN | {"id": 3, "subset": "hep-go", "chosen_model": "m", "rejected_model": "n"},
-        Pair("3", ASKED, "c", "r", subset="hep-go"),
+        pair(id="3", subset="hep-go"),
     ),
     "PandaLM": (
-        PANDALM | {"input": "on this"} | dict(zip(VOTES, (2, 0, 2))),
-        Pair("pandalm-7", (Message("user", "do\n\non this"),), "y", "x", subset="pandalm"),
+        PANDALM | {"input": "on this"} | votes(2, 0, 2),
+        pair("do\n\non this", "y", "x", id="pandalm-7", subset="pandalm"),
     ),
-    "PandaLM, boolean and empty response": (
-        PANDALM | {"response1": True, "response2": ""} | dict(zip(VOTES, (1, 1, 1))),
-        Pair("pandalm-7", (Message("user", "do"),), "True", "", subset="pandalm"),
+    "PandaLM, boolean and empty": (
+        PANDALM | {"response1": True, "response2": ""} | votes(1, 1, 1),
+        pair("do", "True", "", id="pandalm-7", subset="pandalm"),
     ),
-    "LLMBar": (LLMBAR | {"id": "a", "label": 2}, Pair("a", ASKED, "y", "x")),
+    "LLMBar": (LLMBAR | {"id": "a", "label": 2}, pair("p", "y", "x")),
 }
 
 
@@ -111,9 +108,8 @@ def test_each_format_becomes_the_pair_written_by_hand(tmp_path, name):
 
 
 def test_pandalm_ties_are_dropped_and_counted(tmp_path, capsys):
-    votes = [(1, 2, 0), (0, 0, 1), (1, 1, 2)]
-    rows = [PANDALM | {"idx": n} | dict(zip(VOTES, v)) for n, v in enumerate(votes)]
-    pairs = read_pairs(write(tmp_path / "a.jsonl", *rows))
+    ballots = enumerate([votes(1, 2, 0), votes(0, 0, 1), votes(1, 1, 2)])
+    pairs = read_pairs(write(tmp_path / "a.jsonl", *(PANDALM | {"idx": n} | v for n, v in ballots)))
     assert [(pair.id, pair.chosen) for pair in pairs] == [("pandalm-2", "x")]
     assert "a.jsonl: 2 pairs without a majority" in capsys.readouterr().err
 
@@ -122,124 +118,99 @@ def test_file_kinds_are_told_apart_by_content(tmp_path):
     rows = [FORMATS["ours"][0], PLAIN | {"id": "é", "prompt": "☃"}]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     array, bom = json.dumps(rows, indent=1).encode(), b"\xef\xbb\xbf"
+    packed = [gzip.compress(lines), gzip.compress(array)]
     spaced = lines.replace(b"\n", b"\r\n\r\n").rstrip()
-    kinds = [lines, array, gzip.compress(lines), gzip.compress(array), bom + lines, bom + array]
     read = []
-    for n, data in enumerate([*kinds, spaced]):
+    for n, data in enumerate([lines, array, *packed, bom + lines, bom + array, spaced]):
         (tmp_path / f"{n}.txt").write_bytes(data)
         read.append(read_pairs(str(tmp_path / f"{n}.txt")))
     assert read == [read[0]] * 7 and read[0][1].id == "é"
 
 
 def test_missing_ids_come_from_the_content_and_repeats_are_numbered(tmp_path, capsys):
-    bare = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    bare = {name: value for name, value in PLAIN.items() if name != "id"}
     ids = [p.id for p in read_pairs(write(tmp_path / "a.jsonl", bare, bare | {"margin": 1}, bare))]
     assert "a.jsonl: 1 pairs repeat an earlier one" in capsys.readouterr().err
     assert re.fullmatch("[0-9a-f]{16}", ids[0]) and ids[0] != ids[1] and ids[2] == ids[0] + "-2"
     assert read_pairs(write(tmp_path / "b.jsonl", PLAIN, bare))[1].id == ids[0]
-
-
-def test_pandalm_without_idx_gets_ids_from_the_content(tmp_path):
-    rows = [PANDALM | dict(zip(VOTES, (1, 1, n))) for n in (1, 2)]
-    for row in rows:
-        del row["idx"]
-    assert len(read_pairs(write(tmp_path / "a.jsonl", rows[0], rows[1] | {"input": "z"}))) == 2
+    panda = [PANDALM | votes(1, 1, 1) | {"idx": None, "input": text} for text in ("x", "y")]
+    assert len({p.id for p in read_pairs(write(tmp_path / "c.jsonl", *panda))}) == 2
 
 
 def test_answers_are_read_one_by_one(tmp_path):
     rows = [{"id": 5, "prompt": "p", "response": "r", "critique": ["c", "d"]}]
-    rows += [{"prompt": [user("p")], "response": "", "id": None}]
+    rows += [{"prompt": ASKED, "response": "", "id": None}]
     answers = rm.read_answers(write(tmp_path / "a.jsonl", *rows))
-    assert answers == [Answer(ASKED, "r", ("c", "d"), "5"), Answer(ASKED, "")]
+    assert answers == [Answer(talk(ASKED), "r", ("c", "d"), "5"), Answer(talk(ASKED), "")]
 
 
-def lines(*records) -> bytes:
+def lines(*records: dict | list) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-def without(record: dict, field: str) -> dict:
-    return {name: value for name, value in record.items() if name != field}
-
-
 PACKED = gzip.compress(lines(*[PLAIN | {"id": n, "chosen": str(n**9)} for n in range(200)]))
-BAD_FILES = {  # name: (content, what the message must hold besides the file)
-    "empty": (b"", "no preference pair"),
-    "blank": (b"\n \r\n", "no preference pair"),
-    "empty array": (b"[]", "no preference pair"),
+BAD_FILES = {  # name: (content, what the message must hold behind the file)
+    "empty": (b"", ": no preference pair"),
+    "blank": (b"\n \r\n", ": no preference pair"),
+    "empty array": (b"[]", ": no preference pair"),
     "gzip, cut": (PACKED[:-20], "complete"),
     "gzip, damaged": (PACKED[:300] + b"\0\1\2" + PACKED[303:], "complete"),
-    "gzip, only the magic": (PACKED[:2], "complete"),
-    "binary": (bytes(range(256)), ":1: not UTF-8"),
+    "gzip, two bytes": (PACKED[:2], "complete"),
+    "binary": (bytes(range(255, 0, -1)), ":1: not UTF-8"),
     "UTF-16": ('{"prompt": "p"}'.encode("utf-16"), ":1: not UTF-8"),
-    "cut line": (lines(PLAIN) + b'{"prompt": ', ":2: not valid JSON"),
-    "scalar": (b"3\n", ":1: expected a JSON object"),
-    "array in line": (lines(PLAIN) + b"[1]\n", ":2: expected a JSON object"),
-    "array, unfinished": (b'[{"prompt": "p"}', ": not valid JSON"),
+    "line, cut": (lines(PLAIN) + b'{"prompt": ', ":2: not valid JSON"),
+    "line, nested": (b'{"prompt": ' + b"[" * 200_000, ":1: not valid JSON"),
+    "line, number": (b"3\n", ":1: expected a JSON object"),
+    "line, array": (lines(PLAIN, [1]), ":2: expected a JSON object"),
+    "line, long number": (b'{"id": ' + b"1" * 5000 + b"}", ":1: not valid JSON"),
+    "array, cut": (b'[{"prompt": "p"}', ": not valid JSON"),
+    "array, nested": (b"[" * 200_000, ": not valid JSON"),
     "array of text": (json.dumps([PLAIN, "x"]).encode(), ": item 2: expected an object, found 'x'"),
-    "array, bad item": (json.dumps([PLAIN, without(PLAIN, "chosen")]).encode(), ": item 2: .*'chosen'"),
-    "nested line": (b'{"prompt": ' + b"[" * 200_000, ":1: not valid JSON"),
-    "nested array": (b"[" * 200_000, ": not valid JSON"),
-    "number of 5,000 digits": (b'{"id": ' + b"1" * 5000 + b"}", ":1: not valid JSON"),
-    "id clash": (lines(PLAIN, PLAIN | {"id": "b"}, PLAIN), ":3: id 'a' .*a.jsonl:1;"),
-    "different prompts": (
-        lines({"chosen": [user("p"), assistant("c")], "rejected": [user("q"), assistant("r")]}),
-        ":1: 'chosen' and 'rejected' differ",
-    ),
-    "transcript without answer": (
-        lines({"chosen": "\n\nHuman: p", "rejected": "\n\nHuman: p"}),
-        ":1: .*'chosen'",
-    ),
-    "one transcript": (lines({"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "r"}), ":1: .*'rejected'"),
+    "array, bad item": (json.dumps([PLAIN, {"prompt": "p"}]).encode(), ": item 2: .*'chosen'"),
+    "ids": (lines(PLAIN, PLAIN | {"id": "b"}, PLAIN), ":3: id 'a' .*a.jsonl:1;"),
+    "prompts": (lines(sides(ASKED + CHAT[0], TALKED + CHAT[1])), ":1: 'chosen' and 'rejected' diff"),
+    "transcript": (lines({"chosen": HH + "c", "rejected": "r"}), ":1: .*'rejected'"),
+    "transcripts": (lines({"chosen": "\n\nHuman: p", "rejected": HH + "r"}), ":1: .*'chosen'"),
 }
-BAD_FIELDS = [  # (field, value, what the message must hold besides file, line and field)
-    *(("prompt", value, "") for value in (None, 3, "", " ", [], {}, math.nan)),
-    ("prompt", [{"role": "root", "content": "p"}], "role"),
-    ("prompt", [{"role": ["user"], "content": "p"}], "role"),
-    *(("prompt", [item], "") for item in (3, "p", {"role": "user"}, [])),
-    *(("chosen", value, "") for value in (None, 3, True, {}, [], [3], "\ud800", [user("p")])),
-    *(("rejected", value, "") for value in (None, [{"role": "assistant", "content": [1]}])),
-    *(("chosen_critique", value, "") for value in (3, "", " ", ["good", None], {}, "\udfff")),
-    *(("margin", value, "number") for value in ("x", math.nan, math.inf, [1], {}, [], 10**400)),
-    *(("id", value, "") for value in ("", 1.5, True, [1], "\ud800")),
-    *(("subset", value, "text") for value in (5, ["s"])),
-]
-PANDALM_1 = PANDALM | dict(zip(VOTES, (1, 1, 1)))
-BAD_RECORDS = [  # of other formats: (record, field)
-    *((without(PLAIN, field), field) for field in ("chosen", "rejected")),
-    *((PANDALM_1 | {"annotator2": vote}, "annotator") for vote in (3, "1", None, [1])),
-    *((without(PANDALM_1, field), field) for field in ("instruction", "input", "response2")),
-    (PANDALM_1 | {"instruction": ""}, "instruction"),
-    (PANDALM_1 | {"response1": 3}, "response1"),
-    *((LLMBAR | {"label": label}, "label") for label in (0, 3, None, "1", [])),
-    (without(LLMBAR, "output_2") | {"label": 1}, "output_2"),
+BAD_MESSAGES = (3, "p", {"role": "user"}, {"role": "root", "content": "p"}, {"role": [], "content": ""})
+BAD_VALUES = [  # (otherwise good record, field, bad values; ... stands for a missing field)
+    (PLAIN, "prompt", (None, 3, "", " ", [], {}, math.nan, *([m] for m in BAD_MESSAGES))),
+    (PLAIN, "chosen", (..., None, 3, True, {}, [], [3], "\ud800", ASKED)),
+    (PLAIN, "rejected", (..., None, [assistant([1])])),
+    (PLAIN, "chosen_critique", (3, "", " ", ["good", None], {}, "\udfff")),
+    (PLAIN, "margin", ("x", math.nan, math.inf, [1], {}, [], 10**400)),
+    (PLAIN, "id", ("", 1.5, True, [1], "\ud800")),
+    (PLAIN, "subset", (5, ["s"])),
+    (PANDALM | votes(1, 1, 1), "annotator2", (..., 3, "1", None, [1])),
+    (PANDALM | votes(1, 1, 1), "instruction", (..., "", 3)),
+    (PANDALM | votes(1, 1, 1), "response1", (..., 3, None)),
+    (LLMBAR | {"label": 1}, "label", (..., 0, 3, None, "1", [])),
+    (LLMBAR | {"label": 1}, "output_2", (..., [])),
 ]
 
 
 def complaint(source: str) -> str:
     with pytest.raises(CritiqueRMError) as caught:
         read_pairs(source)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_file_is_refused_with_its_place(tmp_path, name):
+def test_a_bad_file_is_refused_with_its_place(tmp_path, name):
     content, expected = BAD_FILES[name]
     (tmp_path / "a.jsonl").write_bytes(content)
-    message = complaint(str(tmp_path / "a.jsonl"))
-    assert re.search("a.jsonl.*" + expected, message) and len(message) < 400 and "\n" not in message
+    assert re.search("a.jsonl.*" + expected, complaint(str(tmp_path / "a.jsonl")))
 
 
-@pytest.mark.parametrize("field, value, expected", BAD_FIELDS)
-def test_bad_field_is_refused_with_file_line_and_field(tmp_path, field, value, expected):
-    message = complaint(write(tmp_path / "a.jsonl", PLAIN, PLAIN | {"id": "b", field: value}))
-    field = "content" if isinstance(value, list) and "content" in str(value) else field
-    assert re.search(f"a.jsonl:2: .*'{field}'.*{expected}", message) and len(message) < 400
-
-
-@pytest.mark.parametrize("record, field", BAD_RECORDS)
-def test_bad_record_is_refused_with_file_line_and_field(tmp_path, record, field):
-    message = complaint(write(tmp_path / "a.jsonl", record))
-    assert re.search(f"a.jsonl:1: .*{field}", message) and len(message) < 400
+@pytest.mark.parametrize(
+    "record, field, value",
+    [pytest.param(r, f, v, id=f"{f}-{v!r:.20}") for r, f, values in BAD_VALUES for v in values],
+)
+def test_a_bad_value_is_refused_with_file_line_and_field(tmp_path, record, field, value):
+    bad = {k: v for k, v in (record | {"id": "b", field: value}).items() if v is not ...}
+    name = field.rstrip("0123456789") if field == "annotator2" else f"'({field}|content)'"
+    assert re.search(f"a.jsonl:2: .*{name}", complaint(write(tmp_path / "a.jsonl", PLAIN, bad)))
 
 
 def test_a_line_or_array_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
@@ -264,16 +235,8 @@ def test_a_name_that_is_no_file_is_refused_with_what_to_do(tmp_path, monkeypatch
 HONEST = [
     [user("How many minutes?"), assistant("x\n\nCritique: right")],
     [user("  How\n\n\nmany "), assistant("é ☃ "), user("and \t\ttrain?"), assistant(" \n ok")],
-    [user("x" * 50), assistant("")],
+    [user("\ue0001\ue001 {{ bos_token }}" + "x" * 50), assistant("")],
 ]
-
-
-def talk(messages: list[dict]) -> tuple[Message, ...]:
-    return tuple(Message(**message) for message in messages)
-
-
-def decode(encoder: Encoder, ids) -> str:
-    return squeeze(encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def squeeze(text: str) -> str:
@@ -281,46 +244,40 @@ def squeeze(text: str) -> str:
     return re.sub(r"(<\|(user|assistant|end)\|>)\s+", r"\1", text)
 
 
-def control_tokens(tokenizer) -> dict[str, int]:
-    return {token: i for token, i in tokenizer.get_added_vocab().items() if token.strip()}
+def decode(encoder: Encoder, ids) -> str:
+    return squeeze(encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def controls(encoder: Encoder, ids) -> list[int]:
-    known = set(control_tokens(encoder.tokenizer).values())
-    return [int(i) for i in ids if i in known]
+def encode_answer(encoder: Encoder, prompt: str, response: str, critique: str) -> np.ndarray:
+    [[ids]] = encoder.encode_answers([Answer(talk([user(prompt)]), response, (critique,))])
+    return ids
 
 
 @pytest.mark.parametrize("messages", HONEST)
 def test_ids_and_text_equal_those_of_the_tokenizer_and_its_template(tokenizer, messages):
     encoder = Encoder(tokenizer, 512, True)
-    text = encoder.render(talk(messages))
+    text, ids = encoder.render(talk(messages)), encoder.encode(talk(messages))
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert whole.startswith(text) and not whole.removeprefix(text).strip()
-    ids = encoder.encode(talk(messages))
     assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert decode(encoder, ids) == squeeze(text)
     assert ids[-1] == encoder.end_id != ids[-2]
     assert [n for n, i in enumerate(ids[:-1]) if i == tokenizer.bos_token_id] in ([], [0])
-    assert decode(encoder, ids) == squeeze(text)
 
 
-@pytest.mark.parametrize("place", ["prompt", "response", "critique"])
-@pytest.mark.parametrize("around", ["{}", "See {} there", "a{}b", "{0}{0} {0}\n", "{1}{0}{2}"])
-def test_control_tokens_cannot_be_forged(tokenizer, around, place):
-    encoder = Encoder(tokenizer, 512, True)
-    data = {"prompt": "How many", "response": "The train", "critique": "right"}
+@pytest.mark.parametrize("place", range(3))
+def test_control_tokens_in_prompt_response_or_critique_are_ordinary_text(tokenizer, place):
+    encoder, data = Encoder(tokenizer, 512, True), ["How many", "The train", "right"]
+    control = [i for token, i in tokenizer.get_added_vocab().items() if token.strip()]
+    own = [i for i in encode_answer(encoder, *data) if i in control]
     for token in tokenizer.get_added_vocab():
-        forged = around.format(token, token[:2], token[2:])
-        texts = data | {place: f"{data[place]} {forged}" if around == "{1}{0}{2}" else forged}
-        honest, ids = (
-            encoder.encode_answers([Answer((Message("user", t["prompt"]),), t["response"], (t["critique"],))])
-            for t in (data, texts)
-        )
-        ids = ids[0][0]
-        assert controls(encoder, ids) == controls(encoder, honest[0][0])
-        prompt, response = Message("user", texts["prompt"]), texts["response"]
-        answer = Message("assistant", response + rm.SEPARATOR + texts["critique"])
-        assert decode(encoder, ids) == squeeze(encoder.render((prompt, answer)))
-
+        for text in ("{}", "See {} there", "a{}b", "{0}{0} {0}\n", "x{1}{0}{2}"):
+            texts = [*data]
+            texts[place] = text.format(token, token[:2], token[2:])
+            ids = encode_answer(encoder, *texts)
+            assert [i for i in ids if i in control] == own
+            messages = [user(texts[0]), assistant(texts[1] + rm.SEPARATOR + texts[2])]
+            assert decode(encoder, ids) == squeeze(encoder.render(talk(messages)))
 
 
 def changed(before: list, after: list) -> list:
@@ -332,26 +289,37 @@ def changed(before: list, after: list) -> list:
 
 def test_a_forged_control_token_changes_no_token_of_the_text_around_it(tokenizer):
     encoder = Encoder(tokenizer, 512, True)
-    for token in control_tokens(tokenizer):
+    for token in filter(str.strip, tokenizer.get_added_vocab()):
         texts = [f"The train\n\n\nasks {word} The\n\n\nuser" for word in ("ß", token)]
-        honest, forged = (encoder.encode(talk([user("How"), assistant(t)])).tolist() for t in texts)
+        honest, forged = (encode_answer(encoder, "How", text, "right").tolist() for text in texts)
         assert tokenizer.decode(changed(honest, forged)).strip() == "ß"
 
 
-def test_the_date_does_not_change_the_ids(monkeypatch):
-    class Later(datetime.datetime):
+def test_characters_outside_the_vocabulary_change_no_other_token():
+    tokenizer = make_tokenizer("plain")
+    tokenizer.backend_tokenizer.model.byte_fallback = False
+    tokenizer.backend_tokenizer.model.unk_token = "<unk>"
+    encoder, messages = Encoder(tokenizer, 512, True), talk(HONEST[1])
+    expected = tokenizer(encoder.render(messages), add_special_tokens=False)["input_ids"]
+    assert encoder.encode(messages).tolist() == expected
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_date_does_not_change_the_ids(monkeypatch, named):
+    class Later(datetime):
         @classmethod
         def now(cls, tz=None):
             return cls(2031, 1, 2)
 
-    tokenizer, messages = make_tokenizer("llama3"), HONEST[0]
-    before = Encoder(make_tokenizer("llama3"), 512, True).encode(talk(messages))
+    messages, tokenizer = HONEST[0], make_tokenizer("llama3")
+    before = Encoder(make_tokenizer("llama3"), 512, True).encode(talk(messages)).tolist()
+    if named:  # as Command R's: several templates by name
+        tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "no"}
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
     assert "02 Jan 2031" in tokenizer.apply_chat_template(messages, tokenize=False)
-    assert Encoder(tokenizer, 512, True).encode(talk(messages)).tolist() == before.tolist()
-    frozen = tokenizer.chat_template
-    assert Encoder(tokenizer, 512, True).tokenizer.chat_template == frozen
-    assert "26 Jul 2024" in tokenizer.apply_chat_template(messages, tokenize=False)
+    for _ in range(2):  # also when the frozen template is read again
+        assert Encoder(tokenizer, 512, True).encode(talk(messages)).tolist() == before
+    assert tokenizer.apply_chat_template(messages, tokenize=False).count("26 Jul 2024") == 1
 
 
 def test_a_strangers_template_is_read_to_its_last_token():
@@ -361,20 +329,20 @@ def test_a_strangers_template_is_read_to_its_last_token():
     assert whole.endswith("\n") and ids.tolist() == tokenizer(whole)["input_ids"]
 
 
-@pytest.mark.parametrize(
-    "template, eos, expected",
-    [
-        ("{{ raise_exception('no such role') }}", "</s>", "no such role"),
-        ("{{ messages[0].content }}", "</s>", "end with the assistant's message"),
-        ("{% for m in %}", "</s>", "chat template"),
-        ("{{ messages[0].content + messages[1].content + 3 }}", "</s>", "chat template"),
-        (None, None, "set its eos_token"),
-    ],
-)
-def test_an_unusable_template_is_one_line(template, eos, expected):
+BAD_TEMPLATES = {
+    "{{ raise_exception('no system role') }}": "no system role",
+    "{{ messages[0].content }}": "end with the assistant's message",
+    "{% for m in %}": "chat template",
+    "{{ messages[0].content + 3 }}": "chat template",
+    "{{ messages[0].content + messages[1].content }}": "set its eos_token",
+}
+
+
+@pytest.mark.parametrize("template", BAD_TEMPLATES)
+def test_an_unusable_template_is_refused_with_the_reason(template):
     tokenizer = make_tokenizer("plain")
-    tokenizer.chat_template, tokenizer.eos_token = template, eos
-    with pytest.raises(CritiqueRMError, match=expected):
+    tokenizer.chat_template, tokenizer.eos_token = template, None
+    with pytest.raises(CritiqueRMError, match=BAD_TEMPLATES[template]):
         Encoder(tokenizer, 512, True).encode(talk(HONEST[0]))
 
 
@@ -382,72 +350,71 @@ def test_an_unusable_template_is_one_line(template, eos, expected):
 # Overlong pairs
 
 LIMIT = 160
+CRITIQUES = {"chosen_critiques": ("right, c",), "rejected_critiques": ("wrong, r",)}
 
 
 def words(letter: str, n: int) -> str:
     return " ".join(f"{letter}{k}☃" for k in range(n))
 
 
-def pair_of(n_prompt: int, n_chosen: int, n_rejected: int, **changes) -> Pair:
-    texts = (Message("user", words("p", n_prompt)),), words("c", n_chosen), words("r", n_rejected)
-    return rm.replace(Pair("a", *texts, ("right, c",), ("wrong, r",)), **changes)
+def sized(n_prompt: int, n_chosen: int, n_rejected: int, **fields) -> Pair:
+    texts = words("p", n_prompt), words("c", n_chosen), words("r", n_rejected)
+    return replace(pair(*texts, **CRITIQUES), **fields)
 
 
-def segments(encoder: Encoder, ids) -> list[str]:
+def segments(encoder: Encoder, ids: np.ndarray) -> tuple[str, str, str]:
     """Prompt, response and critique of a one-turn sequence, from its ids."""
-    text = decode(encoder, ids)
-    marked = squeeze(encoder.render((Message("user", "\uf000"), Message("assistant", "\uf000"))))
+    marked = squeeze(encoder.render(talk([user("\uf000"), assistant("\uf000")])))
     before, between, end = marked.split("\uf000")
+    text = decode(encoder, ids)
     assert text.startswith(before) and text.endswith(end)
     prompt, answer = text.removeprefix(before).removesuffix(end).split(between)
-    return [prompt, *answer.split(rm.SEPARATOR)]
+    return prompt, *answer.split(rm.SEPARATOR)
 
 
 @pytest.mark.parametrize(
     "sizes, whole",
     [
-        ((500, 3, 2), ("chosen", "rejected")),
-        ((2, 500, 3), ("prompt", "rejected")),
-        ((2, 500, 500), ("prompt",)),
-        ((500, 500, 2), ("rejected",)),
-        ((30, 25, 500), ()),
+        ((500, 3, 2), {"chosen", "rejected"}),
+        ((2, 500, 3), {"prompt", "rejected"}),
+        ((2, 500, 500), {"prompt"}),
+        ((500, 500, 2), {"rejected"}),
+        ((30, 25, 500), set()),
     ],
 )
 def test_overlong_pairs_keep_critique_end_token_and_one_prompt(tokenizer, sizes, whole):
-    pair, encoder = pair_of(*sizes), Encoder(tokenizer, LIMIT, True)
+    pair, encoder = sized(*sizes), Encoder(tokenizer, LIMIT, True)
     [encoded] = encoder.encode_pairs([pair], "a")
-    assert encoder.counts["truncated"] == 1
-    sequences = [*encoded.chosen, *encoded.rejected]
-    assert LIMIT - 12 <= max(map(len, sequences)) <= LIMIT
-    assert {ids[-1] for ids in sequences} == {encoder.end_id}
-    (prompt, chosen, good), (same, rejected, bad) = (segments(encoder, ids) for ids in sequences)
+    both = [*encoded.chosen, *encoded.rejected]
+    assert LIMIT - 12 <= max(map(len, both)) <= LIMIT and encoder.counts["truncated"] == 1
+    assert {ids[-1] for ids in both} == {encoder.end_id}
+    (prompt, chosen, good), (same, rejected, bad) = (segments(encoder, ids) for ids in both)
     assert prompt == same and (good, bad) == ("right, c", "wrong, r")
-    assert pair.prompt[0].content.endswith(prompt)
+    assert prompt and chosen and rejected and pair.prompt[0].content.endswith(prompt)
     assert pair.chosen.startswith(chosen) and pair.rejected.startswith(rejected)
-    kept = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    assert min(map(len, kept.values())) > 0
-    texts = {"prompt": pair.prompt[0].content, "chosen": pair.chosen, "rejected": pair.rejected}
-    assert {name for name in kept if kept[name] == texts[name]} >= set(whole)
+    uncut = {"prompt": prompt == pair.prompt[0].content}
+    uncut |= {"chosen": chosen == pair.chosen, "rejected": rejected == pair.rejected}
+    assert {name for name in uncut if uncut[name]} >= whole
 
 
 def test_the_oldest_turns_of_a_long_conversation_go_first(tokenizer):
     turns = [user(words("p", 300)), assistant("see you"), user("The second train?")]
     encoder = Encoder(tokenizer, LIMIT, True)
-    [encoded] = encoder.encode_pairs([pair_of(1, 2, 3, prompt=talk(turns))], "a")
-    for ids in (*encoded.chosen, *encoded.rejected):
-        text = decode(encoder, ids)
+    [encoded] = encoder.encode_pairs([sized(1, 2, 3, prompt=talk(turns))], "a")
+    for text in (decode(encoder, ids) for ids in (*encoded.chosen, *encoded.rejected)):
         assert "see you" in text and "The second train?" in text
         assert "p299☃" in text and "p0☃" not in text
 
 
 def test_pairs_left_out_are_counted_by_reason(capsys):
+    good = {"rejected_critiques": CRITIQUES["chosen_critiques"]}
     pairs = [
-        pair_of(2, 3, 4),
-        pair_of(300, 3, 4),
-        pair_of(2, 3, 4, rejected_critiques=()),
-        pair_of(2, 3, 4, chosen_critiques=(words("k", 300),)),
-        pair_of(2, 3, 3, rejected=words("c", 3), rejected_critiques=("right, c",)),
-        pair_of(2, 300, 0, rejected=words("c", 301), rejected_critiques=("right, c",)),
+        sized(2, 3, 4),
+        sized(300, 3, 4),
+        sized(2, 3, 4, rejected_critiques=()),
+        sized(2, 3, 4, chosen_critiques=(words("k", 300),)),
+        sized(2, 3, 0, rejected=words("c", 3), **good),
+        sized(2, 300, 0, rejected=words("c", 301), **good),
     ]
     encoder = Encoder(make_tokenizer("chatml"), LIMIT, True)
     assert [e.pair for e in encoder.encode_pairs(pairs, "a.jsonl")] == pairs[:2]
@@ -458,14 +425,13 @@ def test_pairs_left_out_are_counted_by_reason(capsys):
         encoder.encode_pairs(pairs[2:3], "a.jsonl")
 
 
-def test_each_critique_makes_a_sequence_and_none_without_critiques():
-    pair = pair_of(2, 3, 4, chosen_critiques=("one", "two"))
-    tokenizer = make_tokenizer("chatml")
+def test_each_critique_makes_a_sequence_and_none_is_read_without_critiques():
+    pair, tokenizer = sized(2, 3, 4, chosen_critiques=("one", "two")), make_tokenizer("chatml")
     [encoded] = Encoder(tokenizer, LIMIT, True).encode_pairs([pair], "a")
     assert ["one" in tokenizer.decode(ids) for ids in encoded.chosen] == [True, False]
     encoder = Encoder(tokenizer, LIMIT, False)
-    [[plain]] = encoder.encode_answers(pair.answers[:1])
-    assert plain.tolist() == encoder.encode((*pair.prompt, Message("assistant", pair.chosen))).tolist()
+    [[ids]] = encoder.encode_answers(pair.answers[:1])
+    assert ids.tolist() == encoder.encode((*pair.prompt, Message("assistant", pair.chosen))).tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -473,25 +439,20 @@ def test_each_critique_makes_a_sequence_and_none_without_critiques():
 
 
 def test_a_small_trie_by_hand():
-    #  5 ─ 6 ─ 7 ─ 8     numbers 30 (5 6 7), 10 (5 6 7 8), 20 (5 6 9), 40 (5 6 9 again)
+    #  5 ─ 6 ─ 7 ─ 8
     #       └─ 9
     sequences = [np.array(s, np.int32) for s in ([5, 6, 7, 8], [5, 6, 9], [5, 6, 7], [5, 6, 9])]
     trie = build_trie(sequences, [10, 20, 30, 40])
     assert trie.ids.tolist() == [5, 6, 7, 8, 9]
     assert trie.positions.tolist() == [0, 1, 2, 3, 2]
     assert trie.ends.tolist() == [5, 5, 4, 4, 5]
-    assert trie.last.tolist() == [3, 4, 2, 4]
-    assert trie.numbers.tolist() == [10, 20, 30, 40]
+    assert trie.last.tolist() == [3, 4, 2, 4] and trie.numbers.tolist() == [10, 20, 30, 40]
 
 
-def random_sequences(rng: np.random.Generator, n: int, longest: int = 12) -> list[np.ndarray]:
-    return [rng.integers(0, 2, rng.integers(1, longest)).astype(np.int32) for _ in range(n)]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_every_sequence_is_the_ancestors_of_its_last_token(seed):
+@pytest.mark.parametrize("seed", range(8))
+def test_each_sequence_of_a_trie_is_the_ancestors_of_its_last_token(seed):
     rng = np.random.default_rng(seed)
-    sequences = random_sequences(rng, 1 + seed)
+    sequences = [rng.integers(0, 2, rng.integers(1, 12)).astype(np.int32) for _ in range(4 * seed + 1)]
     trie = build_trie(sequences, range(len(sequences)))
     for sequence, q in zip(sequences, trie.last):
         path = [k for k in range(q + 1) if k <= q < trie.ends[k]]
@@ -504,69 +465,64 @@ def chain(length: int, number: int = 0) -> rm.Trie:
     return build_trie([np.arange(length, dtype=np.int32)], [number])
 
 
-def test_packing_a_few_tries_by_hand():
-    units = [[chain(n)] for n in (2, 5, 3, 2, 2)]
-    packed = rm.pack(units, 10, share=True)
-    assert [[[len(t) for t in row] for row in rows] for rows in packed] == [[[5], [3, 2]], [[2], [2]]]
-    packed = rm.pack(units, 10, share=False)
-    assert [[[len(t) for t in row] for row in rows] for rows in packed] == [[[5], [3]], [[2]] * 3]
+@pytest.mark.parametrize("share, expected", [(True, [[[5], [3, 2]], [[2], [2]]]), (False, [[[5], [3]], [[2]] * 3])])
+def test_packing_a_few_tries_by_hand(share, expected):
+    packed = rm.pack([[chain(n)] for n in (2, 5, 3, 2, 2)], 10, share)
+    assert [[[len(trie) for trie in row] for row in rows] for rows in packed] == expected
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share, most_padding", [(True, 0.1), (False, 0.3)])
 @pytest.mark.parametrize("n_ranks", [1, 3])
-def test_every_unit_is_dealt_once_and_whole_within_the_budget(monkeypatch, n_ranks, share):
-    rng, number = np.random.default_rng(n_ranks), itertools.count()
-    units = [
-        [chain(n, next(number)) for n in rng.integers(20, 200, rng.integers(1, 3))] for _ in range(200)
-    ]
+def test_every_unit_is_dealt_once_and_whole_within_the_budget(monkeypatch, n_ranks, share, most_padding):
+    rng, number = np.random.default_rng(0), itertools.count()
+    lengths = [rng.integers(20, 200, rng.integers(1, 3)) for _ in range(200)]
+    units = [[chain(n, next(number)) for n in unit] for unit in lengths]
     monkeypatch.setattr(rm.dist, "get_world_size", lambda: n_ranks)
-    found, n_batches, n_tokens, n_cells = [], [], 0, 0
+    dealt, n_batches = [], set()
     for rank in range(n_ranks):
         monkeypatch.setattr(rm.dist, "get_rank", lambda: rank)
-        batches = rm.deal(units, 2048, share)
-        n_batches.append(len(batches))
-        for batch in (rm.collate(rows, CPU) for rows in batches):
-            found.append(set(batch.numbers.tolist()))
-            assert batch.ids.numel() <= 2048
-            n_tokens, n_cells = n_tokens + batch.n_tokens, n_cells + batch.ids.numel()
-    wholes = [{trie.numbers[0] for trie in unit} for unit in units]
-    assert all(any(unit <= batch for batch in found) for unit in wholes)
-    assert sum(map(len, found)) == sum(map(len, wholes)) and len(set(n_batches)) == 1
-    assert n_tokens == sum(len(trie) for unit in units for trie in unit)
-    assert 1 - n_tokens / n_cells < (0.05 if share else 0.2)
+        batches = [rm.collate(rows, CPU) for rows in rm.deal(units, 2048, share)]
+        dealt, n_batches = dealt + batches, n_batches | {len(batches)}
+    found = [set(batch.numbers.tolist()) for batch in dealt]
+    wholes = [{int(trie.numbers[0]) for trie in unit} for unit in units]
+    assert all(sum(whole <= numbers for numbers in found) == 1 for whole in wholes)
+    assert sum(map(len, found)) == next(number) and len(n_batches) == 1
+    n_tokens, n_computed = sum(b.n_tokens for b in dealt), sum(b.ids.numel() for b in dealt)
+    assert n_tokens == sum(map(sum, lengths)) and max(b.ids.numel() for b in dealt) <= 2048
+    assert 1 - n_tokens / n_computed < most_padding
 
 
 # --------------------------------------------------------------------------------------------------
 # Rewards
 
-KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
-HYBRID = {
-    **{"layer_types": ["linear_attention", "full_attention"], "num_experts": 4},
-    **{"num_experts_per_tok": 2, "moe_intermediate_size": 16, "linear_num_key_heads": 2},
-    **{"shared_expert_intermediate_size": 16, "linear_num_value_heads": 2},
-    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
-}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "head_dim": 8}
+LINEAR = {f"linear_{part}": 2 for part in ("num_key_heads", "num_value_heads")}
+LINEAR |= {f"linear_{part}": 8 for part in ("key_head_dim", "value_head_dim")}
 ARCHITECTURES = {
     "Llama": {},
     "Qwen2": {},
-    "Gemma2": KINDS,
-    "Gemma3Text": KINDS,
+    "Gemma2": WINDOWS,
+    "Gemma3Text": WINDOWS,
     "Mistral": {"sliding_window": 4},
-    "Qwen3Next": HYBRID,
-    "Jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "Qwen3_5Text": LINEAR | {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
+    "Jamba": {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
 }
-OTHERS = {  # positions that are not those of the mask and position_ids
+RECURRENT = ("Qwen3_5Text", "Jamba")
+OTHERS = {  # positions learned, or taken from elsewhere than the mask and position_ids; experts
     "GPT2": {},
     "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "GPTNeo": {"attention_types": [[["global", "local"], 1]], "window_size": 4, "num_layers": 2},
     "Bloom": {},
     "Falcon": {"alibi": True},
     "Mpt": {},
+    "Mixtral": {"num_local_experts": 2},
+    "Gemma3": {"text_config": TINY | WINDOWS, "vision_config": {"num_hidden_layers": 1}},
 }
 
 
-def save_tiny(config, folder, seed: int = 0) -> str:
-    torch.manual_seed(seed)
+def save_tiny(make_config, architecture: str, folder, **changes) -> str:
+    torch.manual_seed(0)
+    config = make_config(architecture, **(ARCHITECTURES | OTHERS)[architecture], **changes)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     return str(folder)
 
@@ -579,9 +535,9 @@ def load(folder: str, mesh, attention: str | None = None, head_seed: int | None 
     return model.eval()
 
 
-def random_groups(n_critiques: list[int], seed: int = 0) -> list[list[np.ndarray]]:
+def random_groups(*n_critiques: int) -> list[list[np.ndarray]]:
     """Groups of sequences: a prompt, two responses to it, some critiques of each."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def draw(low: int, high: int) -> np.ndarray:
         return rng.integers(1, TINY["vocab_size"], rng.integers(low, high)).astype(np.int32)
@@ -594,8 +550,8 @@ def random_groups(n_critiques: list[int], seed: int = 0) -> list[list[np.ndarray
     return groups
 
 
-def rewards_of_one_batch(model, groups: list[list[np.ndarray]]) -> torch.Tensor:
-    """The first two tries share a row; the third row is padded."""
+def rewards_together(model, groups: list[list[np.ndarray]]) -> torch.Tensor:
+    """Rewards from one batch: two tries in its first row, padding in others."""
     share, number = rm.shares_prefixes(model.config), itertools.count()
     units = [rm.build_tries(group, [next(number) for _ in group], share) for group in groups]
     rows = [units[0] + units[1], *units[2:]] if share else [[t] for unit in units for t in unit]
@@ -604,68 +560,61 @@ def rewards_of_one_batch(model, groups: list[list[np.ndarray]]) -> torch.Tensor:
 
 
 def rewards_alone(model, groups: list[list[np.ndarray]]) -> torch.Tensor:
+    """Rewards from Hugging Face's own classifier, sequence by sequence."""
     ids = [torch.from_numpy(s.astype(np.int64))[None] for group in groups for s in group]
     return torch.cat([model(input_ids=i).logits[:, 0] for i in ids])
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture, attention",
+    [(a, kind) for a in ARCHITECTURES for kind in ("eager", "sdpa") if (a, kind) != ("Gemma2", "sdpa")],
+)
 def test_packed_rewards_and_gradients_equal_hugging_face_on_each_sequence(
     tmp_path, mesh, make_config, architecture, attention
 ):
-    folder = save_tiny(make_config(architecture, **ARCHITECTURES[architecture]), tmp_path)
+    folder, groups = save_tiny(make_config, architecture, tmp_path), random_groups(1, 2, 8)
     ours = load(folder, mesh, attention)
-    assert rm.shares_prefixes(ours.config) == (architecture not in ("Qwen3Next", "Jamba"))
+    assert rm.shares_prefixes(ours.config) == (architecture not in RECURRENT)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=attention)
-    groups = random_groups([1, 2, 8])
-    mine, alone = rewards_of_one_batch(ours, groups), rewards_alone(theirs.eval(), groups)
+    together, alone = rewards_together(ours, groups), rewards_alone(theirs.eval(), groups)
     assert alone.std() > 0.1
-    torch.testing.assert_close(mine, alone, atol=1e-5, rtol=1e-5)
-    for rewards in (mine, alone):
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    for rewards in (together, alone):
         (rewards * torch.linspace(-1, 1, len(rewards))).sum().backward()
-    theirs = dict(theirs.named_parameters())
-    scale = max(p.grad.norm() for p in theirs.values())
-    for name, p in ours.named_parameters():
-        gradient = p.grad.full_tensor() if p.grad is not None else torch.zeros(p.shape)
-        expected = theirs[name].grad if theirs[name].grad is not None else torch.zeros(p.shape)
-        assert (gradient - expected).norm() <= 1e-5 * scale, name
+    scale = max(p.grad.norm() for p in theirs.parameters() if p.grad is not None)
+    for (name, p), expected in zip(ours.named_parameters(), theirs.parameters()):
+        gradients = [None if q.grad is None else q.grad for q in (p, expected)]
+        gradients = [0 if g is None else getattr(g, "full_tensor", lambda g=g: g)() for g in gradients]
+        assert (gradients[0] - gradients[1] + torch.zeros(())).norm() <= 1e-5 * scale, name
 
 
 @pytest.mark.parametrize("architecture", OTHERS)
-def test_rewards_with_other_kinds_of_position_are_right_or_refused(
-    tmp_path, mesh, make_config, architecture
-):
-    folder = save_tiny(make_config(architecture, **OTHERS[architecture]), tmp_path)
+def test_rewards_of_other_architectures_are_right_or_refused(tmp_path, mesh, make_config, architecture):
+    folder, groups = save_tiny(make_config, architecture, tmp_path), random_groups(1, 2, 3)
     try:
         model = load(folder, mesh)
-    except CritiqueRMError:
+    except CritiqueRMError as error:
+        assert architecture in ("Mixtral", "Gemma3"), error
         return
-    theirs, groups = AutoModelForSequenceClassification.from_pretrained(folder), random_groups([1, 2, 3])
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder)
     with torch.no_grad():
-        mine, alone = rewards_of_one_batch(model, groups), rewards_alone(theirs.eval(), groups)
-    torch.testing.assert_close(mine, alone, atol=1e-5, rtol=1e-5)
+        together, alone = rewards_together(model, groups), rewards_alone(theirs.eval(), groups)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["Gemma3Text", "Qwen3Next"])
-def test_neighbours_order_and_padding_do_not_change_a_reward(
-    tmp_path, mesh, make_config, architecture
-):
-    model = load(save_tiny(make_config(architecture, **ARCHITECTURES[architecture]), tmp_path), mesh)
-    groups = random_groups([1, 3, 2, 5])
-    expected = rm.score_groups(model, groups, 10**6)
-    split = [[s] for group in groups for s in group]
-    flat = [reward for rewards in expected for reward in rewards]
-    for budget in (1, 64, 300):
-        backwards = rm.score_groups(model, [g[::-1] for g in groups[::-1]], budget)[::-1]
-        for rewards, others in zip(expected, backwards):
-            assert others[::-1] == pytest.approx(rewards, abs=2e-6)
-        assert sum(rm.score_groups(model, split, budget), []) == pytest.approx(flat, abs=2e-6)
-    [[first, again]] = rm.score_groups(model, [[split[0][0], split[0][0]]], 64)
-    assert first == again
+@pytest.mark.parametrize("architecture", ["Gemma3Text", "Jamba"])
+def test_neighbours_order_and_padding_do_not_change_a_reward(tmp_path, mesh, make_config, architecture):
+    model, groups = load(save_tiny(make_config, architecture, tmp_path), mesh), random_groups(1, 3, 2, 5)
+    expected = sum(rm.score_groups(model, groups, 10**6), [])
+    singles = [[s] for group in groups for s in group]
+    for budget in (1, 100):
+        backwards = rm.score_groups(model, [g[::-1] for g in groups[::-1]], budget)
+        assert sum(backwards, [])[::-1] == pytest.approx(expected, abs=2e-6)
+        assert sum(rm.score_groups(model, singles, budget), []) == pytest.approx(expected, abs=2e-6)
 
 
 def test_an_empty_micro_batch_adds_no_reward_and_no_gradient(tmp_path, mesh, make_config):
-    model = load(save_tiny(make_config("Llama"), tmp_path), mesh)
+    model = load(save_tiny(make_config, "Llama", tmp_path), mesh)
     rewards = rm.compute_rewards(model, rm.collate([], CPU))
     assert rewards.shape == (0,)
     rm.pairwise_loss(rewards, rewards, rewards).backward()
@@ -678,17 +627,15 @@ def test_an_empty_micro_batch_adds_no_reward_and_no_gradient(tmp_path, mesh, mak
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModel])
-def test_weights_of_a_language_model_are_read_with_and_without_prefix(
-    tmp_path, mesh, make_config, kind, dtype
-):
+def test_weights_of_a_language_model_are_read_with_and_without_prefix(tmp_path, mesh, make_config, kind, dtype):
     source = kind.from_config(make_config("Llama"), dtype=dtype)
     source.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    model = load(str(tmp_path), mesh, head_seed=3)
+    read = load(str(tmp_path), mesh, head_seed=3).model.state_dict()
     expected = source.base_model.state_dict()
-    read = {name: p.full_tensor() for name, p in model.model.state_dict().items()}
     assert read.keys() == expected.keys()
-    assert all(p.dtype == torch.float32 and torch.equal(p, expected[n].float()) for n, p in read.items())
+    for name, value in read.items():
+        assert value.dtype == torch.float32 and torch.equal(value.full_tensor(), expected[name].float())
 
 
 def test_the_head_depends_on_the_seed_alone(tmp_path, mesh, make_config):
@@ -699,15 +646,21 @@ def test_the_head_depends_on_the_seed_alone(tmp_path, mesh, make_config):
     assert not torch.equal(heads[2], by_hand)
 
 
-def rewrite(folder, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def change_weights(**changes: torch.Tensor | None):
+    def change(folder) -> None:
+        tensors = load_file(folder / "model.safetensors") | changes
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
 
 
-def edit_config(folder, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def change_config(**changes):
+    def change(folder) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
 
 
 def pickle_weights(folder) -> None:
@@ -715,43 +668,38 @@ def pickle_weights(folder) -> None:
     (folder / "model.safetensors").unlink()
 
 
-NORM = "model.norm.weight"
+def cut(name: str, n_bytes: int):
+    return lambda folder: os.truncate(folder / name, n_bytes)
+
+
+NORM, OWN_CODE = "model.norm.weight", {"AutoConfig": "code.Config"}
 BREAKAGES = {  # name: (how, what the message must hold)
-    "no head": (lambda f: rewrite(f, lambda t: t.pop("score.weight")), "no reward head"),
-    "a missing key": (lambda f: rewrite(f, lambda t: t.pop(NORM)), "model.norm.weight"),
-    "another shape": (
-        lambda f: rewrite(f, lambda t: t.update({NORM: torch.ones(31)})),
-        r"model.norm.weight is \[31\], expected \[32\]",
-    ),
-    "two labels": (
-        lambda f: rewrite(f, lambda t: t.update({"score.weight": torch.ones(2, 32)})),
-        "score.weight",
-    ),
+    "no head": (change_weights(**{"score.weight": None}), "no reward head"),
+    "missing key": (change_weights(**{NORM: None}), NORM),
+    "other shape": (change_weights(**{NORM: torch.ones(31)}), rf"{NORM} is \[31\], expected \[32\]"),
+    "two labels": (change_weights(**{"score.weight": torch.ones(2, 32)}), "score.weight"),
     "pickled weights": (pickle_weights, "safetensors"),
-    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 5000), "safetensors"),
-    "no weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "safetensors"),
-    "own code": (lambda f: edit_config(f, auto_map={"AutoConfig": "c.C"}), "own code"),
-    "own code, new type": (
-        lambda f: edit_config(f, auto_map={"AutoConfig": "c.C"}, model_type="new"),
-        "code|config.json",
-    ),
-    "unknown type": (lambda f: edit_config(f, model_type="new"), "config.json"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "config cut": (lambda f: os.truncate(f / "config.json", 30), "config.json"),
-    "config of a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
-    "config of wrong types": (lambda f: edit_config(f, hidden_size="x"), "config.json"),
-    "config that does not fit": (lambda f: edit_config(f, num_attention_heads=0), "config.json"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
-    "tokenizer cut": (lambda f: os.truncate(f / "tokenizer.json", 300), "tokenizer"),
-    "encoder": (lambda f: edit_config(f, model_type="bert"), "decoder"),
-    "no classifier": (lambda f: edit_config(f, model_type="mamba"), "mamba"),
+    "cut weights": (cut("model.safetensors", 5000), "safetensors"),
+    "empty weights": (cut("model.safetensors", 0), "safetensors"),
+    "own code": (change_config(auto_map=OWN_CODE), "own code"),
+    "own code, new type": (change_config(auto_map=OWN_CODE, model_type="new"), "code|config.json"),
+    "unknown type": (change_config(model_type="new"), "config.json"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "cut config": (cut("config.json", 30), "config.json"),
+    "config of a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json"),
+    "config of wrong types": (change_config(hidden_size="x"), "config.json"),
+    "config that does not fit": (change_config(num_attention_heads=5), "config.json"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+    "cut tokenizer": (cut("tokenizer.json", 300), "tokenizer"),
+    "encoder": (change_config(model_type="bert"), "decoder"),
+    "no classifier": (change_config(model_type="mamba"), "mamba"),
 }
 
 
 @pytest.fixture
 def reward_folder(tmp_path, make_config):
-    """A reward model of others: its head has weights, its tokenizer a template."""
-    save_tiny(make_config("Llama"), tmp_path)
+    """A reward model of others, whose template writes nothing behind its end token."""
+    save_tiny(make_config, "Llama", tmp_path)
     make_tokenizer("llama3").save_pretrained(tmp_path)
     return tmp_path
 
@@ -765,9 +713,20 @@ def test_a_broken_model_folder_is_refused_in_one_line(reward_folder, mesh, name)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize("architecture, size", [("Llama", {"vocab_size": 300}), ("GPT2", {"n_positions": 9})])
+def test_text_the_model_has_no_room_for_is_refused_in_one_line(
+    tmp_path, mesh, make_config, architecture, size
+):
+    save_tiny(make_config, architecture, tmp_path, **size)
+    make_tokenizer("chatml").save_pretrained(tmp_path)
+    with pytest.raises(CritiqueRMError):
+        model, encoder = rm.load_reward_model(str(tmp_path), max_length_tokens=300)
+        rm.score_answers(model, encoder, [Answer(talk(ASKED), words("r", 9), ("c",))])
+
+
 def test_a_saved_model_scores_the_same_here_and_in_transformers(tmp_path, mesh, make_config, style):
     tokenizer, out = make_tokenizer(style), tmp_path / "out"
-    folder = save_tiny(make_config("Llama", pad_token_id=tokenizer.pad_token_id), tmp_path / "in")
+    folder = save_tiny(make_config, "Llama", tmp_path / "in", pad_token_id=tokenizer.pad_token_id)
     encoder, config = Encoder(tokenizer, 300, True), rm.load_config(folder)
     rm.choose_pad_token(config, encoder)
     assert config.pad_token_id == tokenizer.pad_token_id != encoder.end_id
@@ -779,31 +738,28 @@ def test_a_saved_model_scores_the_same_here_and_in_transformers(tmp_path, mesh, 
     rm.save_model(model, encoder, out, "card")
     assert (out / "README.md").read_text() == "card" and not [p for p in out.iterdir() if p.is_dir()]
 
-    answers = [Answer(ASKED, words("a", n), ("Critique: right",)) for n in (1, 9, 3, 5)]
+    answers = [Answer(talk(ASKED), words("a", n), ("so Critique: right",)) for n in (1, 9, 3, 5)]
     expected = rm.score_answers(model.eval(), encoder, answers)
     again = rm.load_reward_model(str(out))
     assert again[1].max_length_tokens == 300 and rm.score_answers(*again, answers) == expected
-    texts = [
-        encoder.render((*ASKED, Message("assistant", a.response + rm.SEPARATOR + a.critiques[0])))
-        for a in answers
-    ]
+    contents = [a.response + rm.SEPARATOR + a.critiques[0] for a in answers]
+    texts = [encoder.render(talk([*ASKED, assistant(content)])) for content in contents]
     pipe = transformers.pipeline("text-classification", str(out), device="cpu")
     for batch_size in (1, 4) if config.pad_token_id is not None else (1,):
         scores = pipe(texts, add_special_tokens=False, batch_size=batch_size)
         assert [s["score"] for s in scores] == pytest.approx(expected, abs=1e-5)
-    theirs = AutoModelForSequenceClassification.from_pretrained(out)
-    ids = pipe.tokenizer(texts[0], add_special_tokens=False, return_tensors="pt")["input_ids"]
-    assert theirs(input_ids=ids).logits.item() == pytest.approx(expected[0], abs=1e-5)
 
 
 def test_the_folder_says_how_it_is_read(reward_folder, mesh, capsys):
-    _, encoder = rm.load_reward_model(str(reward_folder))
-    assert (encoder.use_critiques, encoder.max_length_tokens, encoder.keep_tail) == (True, 2048, True)
-    edit_config(reward_folder, critique_rm={"critiques": False, "max_length_tokens": 99})
-    _, encoder = rm.load_reward_model(str(reward_folder))
-    assert (encoder.use_critiques, encoder.max_length_tokens, encoder.keep_tail) == (False, 99, False)
+    def settings(**changes) -> tuple:
+        _, encoder = rm.load_reward_model(str(reward_folder), **changes)
+        return encoder.use_critiques, encoder.max_length_tokens, encoder.keep_tail
+
+    assert settings() == (True, 2048, True)
+    change_config(critique_rm={"critiques": False, "max_length_tokens": 99})(reward_folder)
+    assert settings() == (False, 99, False)
     assert "the other way round" not in capsys.readouterr().err
-    assert rm.load_reward_model(str(reward_folder), use_critiques=True)[1].use_critiques
+    assert settings(use_critiques=True, max_length_tokens=50) == (True, 50, False)
     assert "trained without critiques" in capsys.readouterr().err
 
 
@@ -817,7 +773,7 @@ def test_the_folder_says_how_it_is_read(reward_folder, mesh, capsys):
         (1.5, 1.5, 0, 0, math.log(2)),
         (2, 0, 0, 0, math.log(1 + math.exp(-2))),
         (2, 0, 1, 0, math.log(1 + math.exp(-1))),
-        (2, 0, 0, 0.1, math.log(1 + math.exp(-2)) + 0.1 * 4),
+        (2, 1, 0, 0.1, math.log(1 + math.exp(-1)) + 0.1 * 9),
         (-200, 200, 0, 0, 400),
     ],
 )
@@ -826,33 +782,33 @@ def test_loss_by_hand(chosen, rejected, margin, centering, expected):
     assert rm.pairwise_loss(*values, centering).item() == pytest.approx(3 * expected, rel=1e-6)
 
 
-def test_a_pairs_reward_is_the_mean_over_its_critiques(reward_folder, mesh, tmp_path):
+def test_a_reward_of_a_pair_is_the_mean_over_its_critiques(reward_folder, mesh, tmp_path):
     model, encoder = rm.load_reward_model(str(reward_folder), max_length_tokens=300)
     pairs = [
-        pair_of(3, 2, 4, id="a", chosen_critiques=("good", "very good", "good")),
-        pair_of(3, 5, 1, id="b", subset="s"),
-        pair_of(2, 2, 2, id="c"),
+        sized(3, 2, 4, id="a", chosen_critiques=("good", "very good", "good")),
+        sized(3, 5, 1, id="b", subset="s"),
+        sized(2, 2, 2, id="c"),
     ]
     scores = rm.score_pairs(model, encoder.encode_pairs(pairs, "a"), 500)
     for pair, score in zip(pairs, scores):
         for answer, mean in zip(pair.answers, (score.chosen_reward, score.rejected_reward)):
-            single = [Answer(pair.prompt, answer.response, (c,)) for c in answer.critiques]
-            rewards = rm.score_answers(model, encoder, single)
-            assert mean == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
-    assert [score.id for score in scores] == ["a", "b", "c"] and scores[1].subset == "s"
+            singles = [replace(answer, critiques=(critique,)) for critique in answer.critiques]
+            assert mean == pytest.approx(np.mean(rm.score_answers(model, encoder, singles)), abs=1e-5)
+    assert [(score.id, score.subset) for score in scores] == [("a", ""), ("b", "s"), ("c", "")]
     assert scores[0].prompt_id == scores[1].prompt_id != scores[2].prompt_id
     assert (scores[0].chosen_words, scores[0].rejected_words) == (2, 4)
     assert (scores[0].chosen_critique_words, scores[0].rejected_critique_words) == (4 / 3, 2)
     rm.write_scores(tmp_path / "scores.jsonl", scores)
-    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert [rm.PairScore(**row) for row in rows] == scores
+    rows = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert [rm.PairScore(**json.loads(row)) for row in rows] == scores
 
 
 def test_an_answer_that_cannot_be_read_whole_has_no_reward(reward_folder, mesh):
     model, encoder = rm.load_reward_model(str(reward_folder), max_length_tokens=300)
-    texts = [("c",), (), (words("c", 300),), ("d",), ("c", "d")]
-    rewards = rm.score_answers(model, encoder, [Answer(ASKED, "r", t) for t in texts])
+    critiques = [("c",), (), (words("c", 300),), ("d",), ("c", "d")]
+    answers = [Answer(talk(ASKED), "r", several) for several in critiques]
+    rewards = rm.score_answers(model, encoder, answers)
     assert [reward is None for reward in rewards] == [False, True, True, False, False]
     assert rewards[4] == pytest.approx((rewards[0] + rewards[3]) / 2, abs=1e-6)
     encoder.use_critiques = False
-    assert None not in rm.score_answers(model, encoder, [Answer(ASKED, "r", t) for t in texts])
+    assert None not in rm.score_answers(model, encoder, answers)

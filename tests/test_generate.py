@@ -201,7 +201,7 @@ def fork(server: Server, *flags: str, file_size_bytes: int = -1) -> multiprocess
 
     def run_command() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_bytes, file_size_bytes))
-        sys.stderr = open("stderr.txt", "w")
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open("stderr.txt", "w")
         sys.exit(generate.main([*arguments(server.url), *flags]))
 
     return multiprocessing.get_context("fork").Process(target=run_command)
@@ -596,7 +596,7 @@ def test_a_wrong_address_is_one_line_soon(host, run):
 
 
 def test_a_server_that_was_reached_before_is_waited_for_longer():
-    args = generate.parse_args(arguments("http://127.0.0.1:1"))
+    args = generate.parse_arguments(arguments("http://127.0.0.1:1"))
     endpoint, problem = generate.Endpoint(args), generate.Retry("unreachable", "refused")
     assert endpoint.back_off(problem, 2) <= 60
     with pytest.raises(CritiqueRMError, match="127.0.0.1:1/chat/completions: refused;"):
