@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ STYLES = {
     "chatml": (
         *("bytes", None, "<|im_end|>", "<|im_end|>"),
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        ["<think>", "</think>"],
+        [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)],
         TURNS + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
     ),
     "llama3": (
@@ -55,7 +56,7 @@ STYLES = {
     "gemma": (
         *("spaces", "<bos>", "<eos>", "<pad>"),
         ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
-        ["\n\n", "\n\n\n"],
+        [AddedToken("\n\n", normalized=False), AddedToken("\n\n\n", normalized=False)],
         GEMMA,
     ),
     "mistral": ("words", "<s>", "</s>", None, ["<s>", "</s>", "[INST]", "[/INST]"], [], MISTRAL),
@@ -70,8 +71,9 @@ STYLES = {
 }
 
 
-def build_vocabulary(kind: str, control: list[str]) -> Tokenizer:
-    """A BPE: byte-level, or like SentencePiece's with words begun by, or spaces turned to, "▁"."""
+@cache
+def train_vocabulary(kind: str, *control: str) -> str:
+    """A BPE, as JSON: of bytes, or like SentencePiece's with "▁" before words or for spaces."""
     tokenizer = Tokenizer(models.BPE())
     if kind == "bytes":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,7 +89,7 @@ def build_vocabulary(kind: str, control: list[str]) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     if kind == "bytes":
-        return tokenizer
+        return tokenizer.to_str()
     spec = json.loads(tokenizer.to_str())
     tokens = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *spec["model"]["vocab"]]
     spec["model"] |= {"vocab": {t: i for i, t in enumerate(tokens)}, "byte_fallback": True}
@@ -95,15 +97,15 @@ def build_vocabulary(kind: str, control: list[str]) -> Tokenizer:
     if kind == "spaces":
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    return tokenizer
+    return tokenizer.to_str()
 
 
 def make_tokenizer(style: str) -> PreTrainedTokenizerFast:
     """A fresh tokenizer in the style of a family of models; adds a bos token unless told not to."""
     kind, bos, end, pad, control, others, template = STYLES[style]
-    backend = build_vocabulary(kind, control)
+    backend = Tokenizer.from_str(train_vocabulary(kind, *control))
     backend.add_special_tokens([AddedToken(t, special=True) for t in control])
-    backend.add_tokens([AddedToken(t, normalized=False) if isinstance(t, str) else t for t in others])
+    backend.add_tokens(others)
     if bos:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
