@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import sys
 import warnings
@@ -34,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
@@ -129,15 +131,18 @@ def read_pairs(source: str) -> list[Pair]:
 
 def read_answers(source: str) -> list[Answer]:
     """Reads single records {prompt, response, critique?, id?}, to be scored on their own."""
-    return [
+    answers = [
         Answer(
             _prompt(row, where),
             _text(row, "response", where, may_be_empty=True),
             _critiques(row, "critique", where),
-            str(row.get("id", "")),
+            _id(row, "id", where),
         )
         for where, row in read_rows(source)
     ]
+    if not answers:
+        raise CritiqueRMError(f"{source}: no answer in it; expected one JSON object a line")
+    return answers
 
 
 def digest(*values: object) -> str:
@@ -266,8 +271,8 @@ def _parse_preference(row: dict, where: str) -> Pair:
     for side, response in zip(SIDES, (chosen, rejected)):
         _text({side: response}, side, where, may_be_empty=True)
     try:
-        margin = float(row.get("margin") or 0.0)
-    except (TypeError, ValueError):
+        margin = 0.0 if row.get("margin") is None else float(row["margin"])
+    except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):
         raise CritiqueRMError(f"{where}: 'margin' is {_shorten(row['margin'])}; expected a number")
@@ -316,7 +321,7 @@ def _parse_pandalm(row: dict, where: str) -> Pair | None:
         for name in ("response1", "response2")
     ]
     return Pair(
-        id=f"pandalm-{_id(row, 'idx', where)}",
+        id=f"pandalm-{number}" if (number := _id(row, "idx", where)) else "",
         prompt=(Message("user", prompt),),
         chosen=responses[best - 1],
         rejected=responses[2 - best],
@@ -423,9 +428,9 @@ class Encoder:
     """Turns text into token ids: the only place where it happens, for training and scoring.
 
     The chat template is rendered around placeholders, so it never sees the data, and the data is
-    put into the rendered text afterwards. Where the tokenizer then finds a control token (any
-    added token, special or not) that the template did not write, the text between the template's
-    own control tokens is encoded as ordinary text: `<|im_end|>` in a response stays eight letters.
+    put into the rendered text afterwards. It is encoded by a twin of the tokenizer that knows the
+    control tokens (any added token, special or not) by names that no data can hold, and only those
+    that the template wrote are renamed: `<|im_end|>` in a response stays ten letters.
 
     A sequence ends with exactly one end token (the template's own end of turn, else the eos token)
     and begins with at most one bos token (the template's). `keep_tail` leaves what a template
@@ -448,6 +453,7 @@ class Encoder:
         if tokenizer.chat_template is None:
             say("tokenizer without chat template: using plain 'User: … Assistant: …' text")
             tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = tokenizer.get_chat_template()  # the default one of several
         if "strftime_now" in tokenizer.chat_template and FROZEN_DATE not in tokenizer.chat_template:
             tokenizer.chat_template = FROZEN_DATE + tokenizer.chat_template
         # runs of white space that some vocabularies (Gemma) add are text like any other
@@ -458,7 +464,13 @@ class Encoder:
         }
         longest_first = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
         self._control = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
-        self._known = frozenset(self.control_ids.values())
+        nonce = secrets.token_hex(8)  # no result depends on it
+        self._names = {t: f"\ue000{nonce}-{n}\ue001" for n, t in enumerate(self.control_ids)}
+        self._twin = self._rename_control_tokens()
+        self._ids = {
+            self._twin.token_to_id(self._names.get(token.content, token.content)): i
+            for i, token in tokenizer.added_tokens_decoder.items()
+        }
         self.skeleton = cache(self._skeleton)
         self.counts: Counter[str] = Counter()
 
@@ -511,17 +523,12 @@ class Encoder:
 
     def encode(self, messages: Sequence[Message]) -> np.ndarray:
         """Token ids (T,) int32 of a conversation that ends with the assistant's message."""
-        pieces = list(self._pieces(messages))
-        text = "".join(text for text, _ in pieces)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        own = [
-            self.control_ids[token]
-            for text, is_template in pieces
-            if is_template
-            for token in self._control.findall(text)
-        ]
-        if [i for i in ids if i in self._known] != own:  # the data holds text like a control token
-            ids = self._encode_runs(pieces)
+        text = "".join(
+            self._control.sub(lambda m: self._names[m[0]], text) if is_template else text
+            for text, is_template in self._pieces(messages)
+        )
+        encoded = self._twin.encode(text, add_special_tokens=False)
+        ids = [self._ids.get(i, i) for i in encoded.ids]
         bos = self.tokenizer.bos_token_id
         if len(ids) > 1 and ids[0] == ids[1] == bos:
             ids = ids[1:]
@@ -532,32 +539,21 @@ class Encoder:
         """The token every sequence ends with: the reward is read there."""
         return int(self.encode((Message("user", "a"), Message("assistant", "b")))[-1])
 
-    def _encode_runs(self, pieces: list[tuple[str, bool]]) -> list[int]:
-        """Encodes text between the template's control tokens with nothing but the base vocabulary."""
-        ids: list[int] = []
-        run = ""
-        for text, is_template in [*pieces, ("", True)]:
-            parts = self._control.split(text) if is_template else [text]
-            for n, part in enumerate(parts):
-                if n % 2 == 0:
-                    run += part
-                else:
-                    ids += [*self._encode_ordinary(run), self.control_ids[part]]
-                    run = ""
-        return ids + self._encode_ordinary(run)
-
-    def _encode_ordinary(self, text: str) -> list[int]:
-        ids = self._base.encode(text, add_special_tokens=False).ids
-        if self._known.intersection(ids):  # the base vocabulary can spell it: letter by letter
-            letters = [self._base.encode(letter, add_special_tokens=False).ids for letter in text]
-            ids = [i for i in itertools.chain(*letters) if i not in self._known]
-        return ids
-
-    @cached_property
-    def _base(self) -> Tokenizer:
-        """The same tokenizer without any added token."""
+    def _rename_control_tokens(self) -> Tokenizer:
+        """The twin: the same tokenizer, its control tokens renamed."""
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        return Tokenizer.from_str(json.dumps(spec | {"added_tokens": [], "post_processor": None}))
+        for token in spec["added_tokens"]:
+            if token["content"] in self._names:
+                token |= {"content": self._names[token["content"]], "normalized": False}
+        model = spec["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {self._names.get(token, token): i for token, i in model["vocab"].items()}
+        else:  # a unigram model lists (token, score)
+            model["vocab"] = [[self._names.get(token, token), x] for token, x in model["vocab"]]
+        if unknown := model.get("unk_token"):
+            model["unk_token"] = self._names.get(unknown, unknown)
+        unused = {"post_processor": None, "truncation": None, "padding": None}
+        return Tokenizer.from_str(json.dumps(spec | unused))
 
     def encode_answers(self, answers: Sequence[Answer]) -> list[list[np.ndarray]] | None:
         """Encodes answers to one prompt: for each answer one sequence per critique.
@@ -576,8 +572,13 @@ class Encoder:
         sizes = [len(self._offsets(a.response)) for a in answers]
         while min(room) >= MIN_TEXT_TOKENS:
             n_prompt = min(max(r - size, r // 2) for r, size in zip(room, sizes))
-            cut = self._cut_prompt(prompt, n_prompt)
-            used = sum(len(self._offsets(m.content)) for m in cut)
+            n_kept = n_prompt
+            while True:  # a piece of a word can be more tokens alone than in its place
+                cut = self._cut_prompt(prompt, n_kept)
+                used = sum(len(self._offsets(m.content)) for m in cut)
+                if used <= n_prompt:
+                    break
+                n_kept -= 1
             responses = [self._cut_response(a.response, r - used) for a, r in zip(answers, room)]
             encoded = self._encode_cut(cut, answers, responses)
             if (excess := self._excess(encoded)) <= 0:
@@ -887,7 +888,7 @@ def load_config(folder: str) -> PreTrainedConfig:
     """Reads and checks config.json; the result describes a reward model: one label, no dropout."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a wrong value raises errors of other packages
         raise CritiqueRMError(f"{folder}: no usable config.json ({_first_line(error)})") from None
     if getattr(config, "auto_map", None):
         raise CritiqueRMError(f"{folder}: the model asks to run its own code; that is never done")
@@ -900,6 +901,18 @@ def load_config(folder: str) -> PreTrainedConfig:
     return config
 
 
+def check_fits(config: PreTrainedConfig, encoder: Encoder) -> None:
+    """Raises CritiqueRMError if there are ids or positions that the model has no embedding for."""
+    if len(encoder.tokenizer) > config.vocab_size:
+        raise CritiqueRMError(
+            f"the tokenizer has {len(encoder.tokenizer)} tokens, the model {config.vocab_size}; "
+            "they do not belong together"
+        )
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    if encoder.max_length_tokens > longest:
+        raise CritiqueRMError(f"the model reads at most {longest} tokens; lower --max-length-tokens")
+
+
 def build_model(config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: DeviceMesh):
     """Builds a sharded model without weights; `read_weights` fills it.
 
@@ -910,9 +923,9 @@ def build_model(config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: Devi
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
-    except ValueError:
+    except ValueError as error:
         raise CritiqueRMError(
-            f"transformers has no sequence classification for {config.model_type!r} models"
+            f"no sequence classification for {config.model_type!r} models ({_first_line(error)})"
         ) from None
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise CritiqueRMError(
@@ -955,9 +968,12 @@ def read_weights(
         model.to_empty(device=device)
         with warnings.catch_warnings():  # about random numbers on shards, which reading overwrites
             warnings.simplefilter("ignore")
-            model.init_weights()  # for buffers no file holds: rotary frequencies, embedding scales
+            fill_buffers(model)
     reader = HuggingFaceStorageReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise CritiqueRMError(f"{folder}: damaged safetensors ({_first_line(error)})") from None
     prefix = model.base_model_prefix + "."
     names = {name: p for name, p in model.state_dict().items()}
     if not any(key.startswith(prefix) for key in stored):
@@ -978,6 +994,19 @@ def read_weights(
                 f"{folder}: {name} is {list(stored[name].size)}, expected {list(p.shape)}"
             )
     dcp.load(names, storage_reader=reader)
+
+
+def fill_buffers(model: PreTrainedModel) -> None:
+    """Computes the buffers that no file holds, such as rotary frequencies and embedding scales.
+
+    They are garbage after `to_empty`. `_init_weights` is what each model of transformers defines for
+    this; the public `init_weights` would call it for all modules, and fails on sharded recurrent ones.
+    """
+    stored = model.state_dict().keys()
+    for name, module in model.named_modules():
+        buffers = [f"{name}.{key}" for key, _ in module.named_buffers(recurse=False)]
+        if not stored >= set(buffers):
+            model._init_weights(module)
 
 
 def init_head(model: PreTrainedModel, seed: int) -> None:
@@ -1013,7 +1042,15 @@ def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str
 
 
 def shares_prefixes(config: PreTrainedConfig) -> bool:
-    """Whether all layers attend by mask alone; recurrent or chunked layers cannot share a prefix."""
+    """Whether all layers know other tokens by our mask and positions alone.
+
+    Recurrent and chunked layers do not, nor do models that count positions (ALiBi) or make masks
+    themselves: those read one sequence per row.
+    """
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt", "gpt_neo"):
+        return False
+    if getattr(config, "use_bidirectional_attention", False):
+        return False
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return kinds <= {"full_attention", "sliding_attention"}
 
@@ -1088,6 +1125,7 @@ def load_reward_model(
     if ours and encoder.use_critiques != ours["critiques"]:
         with_or_without = "with" if ours["critiques"] else "without"
         say(f"{folder}: trained {with_or_without} critiques; this tests it the other way round")
+    check_fits(config, encoder)
     model = build_model(config, compute_dtype(device), mesh)
     read_weights(model, folder, device)
     return model.eval(), encoder

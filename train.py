@@ -251,6 +251,7 @@ def prepare_model(
         say(f"{args.model} reads at most {longest} tokens: --max-length-tokens is set to that")
     n_tokens = min(longest, args.max_length_tokens)
     encoder = Encoder(rm.load_tokenizer(source), n_tokens, not args.no_critiques)
+    rm.check_fits(config, encoder)
     rm.choose_pad_token(config, encoder)
     config.problem_type = "regression"  # the text-classification pipeline then adds no sigmoid
     config.critique_rm = {
