@@ -1169,6 +1169,8 @@ def score_groups(
     for rows in deal(units, budget_tokens, share):
         batch = collate(rows, device)
         rewards[batch.numbers] = compute_rewards(model, batch).double()
+    for module in trunk_and_head(model):
+        module.reshard()  # without a backward pass FSDP leaves them whole: no optimizer state is theirs
     dist.all_reduce(rewards)
     values = rewards.tolist()
     return [[values[number[s.tobytes()]] for s in group] for group in groups]

@@ -92,7 +92,7 @@ def test_subsets_have_rows_and_names_cannot_break_the_table():
 def run(*arguments, processes: int = 1) -> tuple[int, str, str]:
     launcher = [sys.executable]
     if processes > 1:
-        launcher = ["torchrun", "--nproc-per-node", str(processes), "--master-port", "0"]
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [*launcher, str(ROOT / "evaluate.py"), *map(str, arguments)], capture_output=True, text=True
     )

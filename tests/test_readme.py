@@ -21,7 +21,8 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_documented_command_is_accepted(words):
+def test_documented_command_is_accepted(words, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
     script, *arguments = words
     importlib.import_module(script.removesuffix(".py")).parse_arguments(arguments)
 

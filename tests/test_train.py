@@ -25,7 +25,7 @@ SMALL = ["--max-pairs", "20", "--batch-pairs", "8", "--epochs", "2"]  # 6 steps,
 def start(*arguments: str, processes: int = 1) -> subprocess.Popen:
     launcher = [sys.executable]
     if processes > 1:
-        launcher = ["torchrun", "--nproc-per-node", str(processes), "--master-port", "0"]
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [*launcher, str(ROOT / "train.py"), *map(str, arguments)],
