@@ -1,6 +1,8 @@
-"""Tokenizers and tiny models made in code, and a process group of one."""
+"""Tokenizers and tiny models made in code, a process group of one, and a finished run."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -13,7 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers import processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import critique_rm as rm  # noqa: E402
 
@@ -158,3 +161,49 @@ def make_config() -> Callable:
         return getattr(transformers, architecture + "Config")(**(TINY | changes))
 
     return make
+
+
+def start_script(name: str, *arguments: object, processes: int = 1) -> subprocess.Popen:
+    """Starts a script as its users do, with one thread a process."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / name), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def run_script(name: str, *arguments: object, processes: int = 1) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script."""
+    process = start_script(name, *arguments, processes=processes)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="session")
+def test_file(tmp_path_factory) -> Path:
+    """The first 12 embedded test pairs."""
+    path = tmp_path_factory.mktemp("data") / "test.jsonl"
+    lines = (ROOT / "data" / "test.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:12]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(test_file) -> list[object]:
+    """Arguments of a short run: 6 steps, two epochs of 4 + 4 + 2 pairs."""
+    size = ["--max-pairs", 10, "--batch-pairs", 4, "--epochs", 2]
+    return [*size, "--train", ROOT / "data" / "train.jsonl", "--test", test_file]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, small) -> tuple[Path, str, str]:
+    """The folder, stdout and stderr of a short run."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    code, out, err = run_script("train.py", *small, "--out", folder)
+    assert code == 0, err
+    return folder, out, err

@@ -1,16 +1,14 @@
 """evaluate.py: the statistics against values by hand, the command as its users run it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import evaluate
+from conftest import run_script
 from critique_rm import PairScore
-from test_train import finished  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,25 +87,14 @@ def test_subsets_have_rows_and_names_cannot_break_the_table():
     assert "| reward model | a\\|b | 1 | 1.0000 |" in evaluate.to_markdown(rows)
 
 
-def run(*arguments, processes: int = 1) -> tuple[int, str, str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = ["torchrun", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "evaluate.py"), *map(str, arguments)], capture_output=True, text=True
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_evaluating_a_run_repeats_its_test(finished, tmp_path):
+def test_evaluating_a_run_repeats_its_test(finished, test_file, tmp_path):
     folder, out, _ = finished
     table, scores = tmp_path / "table.json", tmp_path / "scores.jsonl"
-    code, markdown, err = run(
-        folder, "--data", ROOT / "data" / "test.jsonl", "--json", table, "--scores", scores, processes=2
-    )
+    options = ["--data", test_file, "--json", table, "--scores", scores]
+    code, markdown, err = run_script("evaluate.py", folder, *options, processes=2)
     assert code == 0, err
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
-    assert markdown.splitlines()[2].startswith(f"| reward model | all | 96 | {accuracy:.4f} |")
+    assert markdown.splitlines()[2].startswith(f"| reward model | all | 12 | {accuracy:.4f} |")
     assert json.loads(table.read_text())["rows"][0]["accuracy"] == accuracy
     mine, trained = (
         [json.loads(line)["chosen_reward"] for line in path.read_text().splitlines()]
@@ -125,7 +112,7 @@ def test_single_answers_get_the_reward_they_have_in_a_pair(finished, tmp_path):
         {"id": "b", "prompt": pair["prompt"], "response": pair["chosen"]},
     ]
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, out, err = run(folder, "--score", answers)
+    code, out, err = run_script("evaluate.py", folder, "--score", answers)
     first, second = map(json.loads, out.splitlines())
     expected = json.loads((folder / "scores-test.jsonl").read_text().splitlines()[0])
     assert first == {"id": "a", "reward": pytest.approx(expected["chosen_reward"], abs=1e-5)}
@@ -141,7 +128,7 @@ def test_a_folder_without_a_head_is_refused_in_one_line(finished, tmp_path):
 
     stored = load_file(next(folder.glob("*.safetensors")))
     save_file({k: v for k, v in stored.items() if k != "score.weight"}, tmp_path / "model.safetensors")
-    code, out, err = run(tmp_path, "--data", ROOT / "data" / "test.jsonl")
+    code, out, err = run_script("evaluate.py", tmp_path, "--data", ROOT / "data" / "test.jsonl")
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith(f"evaluate.py: {tmp_path}: 1 weights are not in")
     assert "it has no reward head" in err and "Traceback" not in err

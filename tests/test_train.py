@@ -4,9 +4,7 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,29 +15,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 import critique_rm as rm
 import train
+from conftest import run_script, start_script
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--max-pairs", "20", "--batch-pairs", "8", "--epochs", "2"]  # 6 steps, the last of 4 pairs
-
-
-def start(*arguments: str, processes: int = 1) -> subprocess.Popen:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = ["torchrun", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [*launcher, str(ROOT / "train.py"), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def run(*arguments: str, processes: int = 1) -> tuple[int, str, str]:
-    process = start(*arguments, processes=processes)
-    out, err = process.communicate()
-    return process.returncode, out, err
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -56,14 +34,6 @@ def fingerprint(folder: Path) -> dict[str, str]:
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> tuple[Path, str, str]:
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    code, out, err = run(*SMALL, "--out", folder)
-    assert code == 0, err
-    return folder, out, err
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +57,7 @@ def test_last_line_of_stdout_is_the_summary(finished):
         *("out", "steps", "pairs", "seconds", "pairs_per_second", "tokens_per_second"),
         *("peak_memory_gb", "test_accuracy"),
     ]
-    assert (summary["out"], summary["steps"], summary["pairs"]) == (str(folder), 6, 40)
+    assert (summary["out"], summary["steps"], summary["pairs"]) == (str(folder), 6, 20)
     assert summary == json.loads((folder / "run.json").read_text())["summary"]
 
 
@@ -99,16 +69,16 @@ def test_metrics_have_one_line_a_step(finished):
     ]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1]
-    assert [row["n_pairs"] for row in rows] == [8, 8, 4, 8, 8, 4]
-    assert all(0 <= row["padding_share"] < 0.2 for row in rows)
+    assert [row["n_pairs"] for row in rows] == [4, 4, 2, 4, 4, 2]
+    assert all(0 <= row["padding_share"] < 0.25 for row in rows)
 
 
 def test_accuracy_in_the_summary_is_that_of_the_scores(finished):
     folder, out, _ = finished
     scores = read_lines(folder / "scores-test.jsonl")
     right = [row["chosen_reward"] > row["rejected_reward"] for row in scores]
-    assert len(scores) == 96
-    assert json.loads(out.splitlines()[-1])["test_accuracy"] == sum(right) / 96
+    assert len(scores) == 12
+    assert json.loads(out.splitlines()[-1])["test_accuracy"] == sum(right) / 12
     pair = rm.read_pairs(str(ROOT / "data" / "test.jsonl"))[0]
     assert scores[0]["id"] == pair.id
     assert scores[0]["chosen_words"] == len(pair.chosen.split())
@@ -151,10 +121,10 @@ def test_nothing_is_left_over(finished):
 # Run folders
 
 
-def test_an_existing_run_is_refused_and_left_as_it_was(finished):
+def test_an_existing_run_is_refused_and_left_as_it_was(finished, small):
     folder, _, _ = finished
     before = fingerprint(folder)
-    code, out, err = run(*SMALL, "--out", folder)
+    code, out, err = run_script("train.py", *small, "--out", folder)
     assert (code, out) == (1, "")
     assert err.splitlines() == [
         f"train.py: {folder} exists; choose another --out, or add --resume or --overwrite"
@@ -162,10 +132,10 @@ def test_an_existing_run_is_refused_and_left_as_it_was(finished):
     assert fingerprint(folder) == before
 
 
-def test_resuming_a_finished_run_prints_its_summary(finished):
+def test_resuming_a_finished_run_prints_its_summary(finished, small):
     folder, out, _ = finished
     before = fingerprint(folder)
-    code, again, _ = run(*SMALL, "--out", folder, "--resume")
+    code, again, _ = run_script("train.py", *small, "--out", folder, "--resume")
     assert (code, again.splitlines()[-1]) == (0, out.splitlines()[-1])
     assert fingerprint(folder) == before
 
@@ -191,12 +161,12 @@ def test_runs_without_a_name_take_the_next_free_one(tmp_path, monkeypatch):
     assert [str(train.claim_folder(args)) for _ in range(2)] == ["runs/001", "runs/002"]
 
 
-def test_a_locked_folder_is_refused(tmp_path):
+def test_a_locked_folder_is_refused(tmp_path, small):
     folder = tmp_path / "run"
     folder.mkdir()
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        code, _, err = run(*SMALL, "--out", folder, "--resume")
+        code, _, err = run_script("train.py", *small, "--out", folder, "--resume")
     assert code == 1
     assert err.splitlines()[-1].startswith(f"train.py: {folder} is in use by another run")
 
@@ -215,10 +185,10 @@ def test_resume_names_what_differs():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_path, number):
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(finished, small, tmp_path, number):
     folder = tmp_path / "run"
-    command = [*SMALL, "--out", folder, "--save-every-steps", "2", "--eval-every-steps", "1"]
-    process = start(*command)
+    command = [*small, "--out", folder, "--save-every-steps", "2", "--eval-every-steps", "1"]
+    process = start_script("train.py", *command)
     for line in process.stderr:
         if "step 3:" in line:
             process.send_signal(number)
@@ -229,7 +199,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_p
         assert f"--out {folder} --resume" in err.splitlines()[-1]
         assert "Traceback" not in err
     assert len(read_lines(folder / "metrics.jsonl")) < 6
-    code, _, err = run(*command, "--resume")
+    code, _, err = run_script("train.py", *command, "--resume")
     assert code == 0, err
     expected = weights(finished[0])
     assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
@@ -237,8 +207,8 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_p
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in whole]
 
 
-def test_two_processes_train_the_same_model(finished, tmp_path):
-    code, _, err = run(*SMALL, "--out", tmp_path / "run", processes=2)
+def test_two_processes_train_the_same_model(finished, small, tmp_path):
+    code, _, err = run_script("train.py", *small, "--out", tmp_path / "run", processes=2)
     assert code == 0, err
     one, two = (read_lines(path / "metrics.jsonl") for path in (finished[0], tmp_path / "run"))
     norms = [[row["grad_norm"] for row in rows] for rows in (one, two)]
@@ -290,8 +260,8 @@ def test_one_of_several_critiques_is_drawn_for_each_epoch():
 def test_eight_pairs_are_learned(model_and_pairs):
     args, model, pairs = model_and_pairs
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = [train.train_step(model, optimizer, pairs, 0, args)["loss"] for _ in range(20)]
-    assert losses[-1] < 0.05 < losses[0]
+    losses = [train.train_step(model, optimizer, pairs, 0, args)["loss"] for _ in range(10)]
+    assert losses[-1] < 0.2 < losses[0]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(model_and_pairs):
@@ -364,7 +334,7 @@ def test_bad_pairs_are_refused_in_one_line(tmp_path, capsys, monkeypatch, conten
 
 
 def test_bad_model_is_refused_in_one_line_without_a_traceback(tmp_path):
-    code, out, err = run("--model", tmp_path, "--out", tmp_path / "run")
+    code, out, err = run_script("train.py", "--model", tmp_path, "--out", tmp_path / "run")
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith(f"train.py: {tmp_path}: no usable config.json")
     assert "Traceback" not in err
