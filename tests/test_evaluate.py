@@ -103,7 +103,7 @@ def test_evaluating_a_run_repeats_its_test(finished, test_file, tmp_path):
     np.testing.assert_allclose(mine, trained, atol=1e-5)
 
 
-def test_single_answers_get_the_reward_they_have_in_a_pair(finished, tmp_path):
+def test_single_answers_get_the_reward_they_have_in_a_pair(finished, tmp_path, mesh, capsys):
     folder, _, _ = finished
     pair = json.loads((ROOT / "data" / "test.jsonl").read_text().splitlines()[0])
     answers = tmp_path / "answers.jsonl"
@@ -112,12 +112,13 @@ def test_single_answers_get_the_reward_they_have_in_a_pair(finished, tmp_path):
         {"id": "b", "prompt": pair["prompt"], "response": pair["chosen"]},
     ]
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, out, err = run_script("evaluate.py", folder, "--score", answers)
-    first, second = map(json.loads, out.splitlines())
+    code = evaluate.score_single(evaluate.parse_arguments([str(folder), "--score", str(answers)]))
+    captured = capsys.readouterr()
+    first, second = map(json.loads, captured.out.splitlines())
     expected = json.loads((folder / "scores-test.jsonl").read_text().splitlines()[0])
     assert first == {"id": "a", "reward": pytest.approx(expected["chosen_reward"], abs=1e-5)}
     assert (second, code) == ({"id": "b", "reward": None}, 1)
-    assert "1 of 2 answers have no reward" in err
+    assert "1 of 2 answers have no reward" in captured.err
 
 
 def test_a_folder_without_a_head_is_refused_in_one_line(finished, tmp_path):

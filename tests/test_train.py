@@ -121,22 +121,24 @@ def test_nothing_is_left_over(finished):
 # Run folders
 
 
-def test_an_existing_run_is_refused_and_left_as_it_was(finished, small):
+def run_here(*arguments: object) -> dict:
+    return train.run(train.parse_arguments([str(argument) for argument in arguments]))
+
+
+def test_an_existing_run_is_refused_and_left_as_it_was(finished, small, mesh):
     folder, _, _ = finished
     before = fingerprint(folder)
-    code, out, err = run_script("train.py", *small, "--out", folder)
-    assert (code, out) == (1, "")
-    assert err.splitlines() == [
-        f"train.py: {folder} exists; choose another --out, or add --resume or --overwrite"
-    ]
+    with pytest.raises(rm.CritiqueRMError) as refusal:
+        run_here(*small, "--out", folder)
+    advice = "choose another --out, or add --resume or --overwrite"
+    assert str(refusal.value) == f"{folder} exists; {advice}"
     assert fingerprint(folder) == before
 
 
-def test_resuming_a_finished_run_prints_its_summary(finished, small):
+def test_resuming_a_finished_run_gives_its_summary(finished, small, mesh):
     folder, out, _ = finished
     before = fingerprint(folder)
-    code, again, _ = run_script("train.py", *small, "--out", folder, "--resume")
-    assert (code, again.splitlines()[-1]) == (0, out.splitlines()[-1])
+    assert run_here(*small, "--out", folder, "--resume") == json.loads(out.splitlines()[-1])
     assert fingerprint(folder) == before
 
 
@@ -161,14 +163,13 @@ def test_runs_without_a_name_take_the_next_free_one(tmp_path, monkeypatch):
     assert [str(train.claim_folder(args)) for _ in range(2)] == ["runs/001", "runs/002"]
 
 
-def test_a_locked_folder_is_refused(tmp_path, small):
+def test_a_locked_folder_is_refused(tmp_path, small, mesh):
     folder = tmp_path / "run"
     folder.mkdir()
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        code, _, err = run_script("train.py", *small, "--out", folder, "--resume")
-    assert code == 1
-    assert err.splitlines()[-1].startswith(f"train.py: {folder} is in use by another run")
+        with pytest.raises(rm.CritiqueRMError, match="run is in use by another run"):
+            run_here(*small, "--out", folder, "--resume")
 
 
 def test_resume_names_what_differs():
