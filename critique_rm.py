@@ -2,7 +2,7 @@
 
 The path of one preference pair, top to bottom: a record is read (`read_pairs`), each of its answers
 becomes token ids (`Encoder`), answers that share a beginning become one trie (`build_trie`), tries
-become micro-batches (`pack`), the model reads them (`RewardModel`), and two rewards become a loss
+become micro-batches (`pack`), the model reads them (`compute_rewards`), and two rewards become a loss
 (`pairwise_loss`). train.py, generate.py and evaluate.py import from here and never from each other.
 
 Method: Ye et al., "Improving Reward Models with Synthetic Critiques", arXiv 2405.20850.
@@ -25,6 +25,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -60,6 +61,12 @@ def say(message: str) -> None:
     """Writes one line to stderr, on rank 0 only (torchrun sets RANK)."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
+
+
+def say_error(script: str, error: BaseException) -> None:
+    """Writes an error as one line to stderr, on each machine once: not all meet the same ones."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{script}: {_first_line(error)}", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -825,17 +832,20 @@ def start_processes() -> tuple[torch.device, DeviceMesh]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise CritiqueRMError(f"{torch.cuda.device_count()} GPUs here; lower --nproc-per-node")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
+        hours = timedelta(hours=3)  # ranks wait for one to download or to write the whole model
+        dist.init_process_group(backend, timeout=hours, **({} if "RANK" in os.environ else alone))
     return device, init_device_mesh(kind, (dist.get_world_size(),))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 where there are units for it; a CPU without them is 100 times slower in bf16."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -1134,9 +1144,10 @@ def load_reward_model(
 def score_answers(
     model: PreTrainedModel, encoder: Encoder, answers: Sequence[Answer], budget_tokens: int = 4096
 ) -> list[float | None]:
-    """One reward per answer, the mean over its critiques; None where it cannot be read whole.
+    """One reward per answer, the mean over its critiques; None where it cannot be scored.
 
-    That is: without a critique where the model reads critiques, or too long. A collective call.
+    That is: without a critique where the model reads critiques, or with one that leaves no room.
+    Long prompts and responses are cut, and counted in `encoder.counts`. A collective call.
     """
     usable = [bool(a.critiques) or not encoder.use_critiques for a in answers]
     encoded = [encoder.encode_answers([a]) if ok else None for a, ok in zip(answers, usable)]
@@ -1247,5 +1258,5 @@ def replace_file(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -88,6 +88,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.score and (args.json or args.scores or args.judge):
         parser.error("--json, --scores and --judge go with --data")
+    for path in args.judge:
+        if not Path(path).is_file():
+            parser.error(f"{path}: no such file")
     for path in filter(None, (args.json, args.scores)):  # known before hours of scoring
         if not Path(path).absolute().parent.is_dir():
             parser.error(f"{path}: there is no such folder")
@@ -189,6 +192,8 @@ def read_verdicts(path: str, scores: list[PairScore]) -> list[Opinions]:
     opinions = []
     for scorer, verdicts in by_scorer.items():
         judged = [score for score in scores if score.id in verdicts]
+        if not judged:
+            raise CritiqueRMError(f"{path}: no id in it is one of the pairs; judge the same file")
         right = np.array([verdicts[score.id] for score in judged], float).reshape(-1, 2)
         opinions.append(
             Opinions(scorer, judged, right.mean(1), inconsistent=right[:, 0] != right[:, 1])
@@ -256,10 +261,10 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
     scores = rm.score_pairs(model, encoded, args.micro_batch_tokens)
     if dist.get_rank() != 0:
         return 0
-    rows = tabulate(scores, len(pairs), args.judge, args.seed)
-    print(to_markdown(rows))
     if args.scores:
         rm.write_scores(Path(args.scores), scores)
+    rows = tabulate(scores, len(pairs), args.judge, args.seed)
+    print(to_markdown(rows))
     if args.json:
         table = {
             "run": args.run,
@@ -279,6 +284,8 @@ def score_single(args: argparse.Namespace) -> int:
     model, encoder = load(args)
     rewards = rm.score_answers(model, encoder, answers, args.micro_batch_tokens)
     n_missing = rewards.count(None)
+    if n_cut := encoder.counts["truncated"]:
+        say(f"{args.score}: {n_cut} answers were cut to {encoder.max_length_tokens} tokens")
     if dist.get_rank() == 0:
         for answer, reward in zip(answers, rewards):
             print(json.dumps({"id": answer.id, "reward": reward}))
@@ -301,8 +308,11 @@ def main() -> int:
     try:
         code = evaluate_pairs(args) if args.data else score_single(args)
     except (CritiqueRMError, OSError) as error:
-        say(f"evaluate.py: {error}")
+        rm.say_error("evaluate.py", error)
         return 1
+    except KeyboardInterrupt:
+        say("evaluate.py: interrupted")
+        return 130
     dist.destroy_process_group()
     return code
 

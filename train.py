@@ -35,6 +35,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -46,6 +47,7 @@ MAY_CHANGE_ON_RESUME = (
     *("out", "resume", "overwrite", "micro_batch_tokens", "activation_checkpointing"),
     *("save_every_steps", "eval_every_steps"),
 )
+SAVE_EVERY_SECONDS = 600  # whatever --save-every-steps says
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
@@ -67,14 +69,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     loop = parser.add_argument_group("training")
     loop.add_argument("--epochs", type=positive_int, help="(default: 3 for tiny, else 1)")
     loop.add_argument("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
-    loop.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3 for tiny, else 1e-5)")
+    loop.add_argument("--lr", type=positive_float, help="peak learning rate (default: 1e-3 for tiny, else 1e-5)")
     loop.add_argument("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
     loop.add_argument(
         "--average-critiques",
         action="store_true",
         help="train on the mean reward of all critiques of a response, not on one drawn an epoch",
     )
-    loop.add_argument("--seed", type=int, default=0, help="of data order, head and tiny model")
+    loop.add_argument("--seed", type=natural, default=0, help="of data order, head and tiny model")
     loop.add_argument(
         "--micro-batch-tokens", type=positive_int, default=2048, help="computed at a time on a rank"
     )
@@ -99,11 +101,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def natural(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,6 +141,8 @@ def claim_folder(args: argparse.Namespace) -> Path:
     is_ours = any((folder / name).exists() for name in (".lock", "run.json"))
     if folder.exists() and any(folder.iterdir()) and not is_ours:
         raise CritiqueRMError(f"{folder} holds something else than a run; choose another --out")
+    if args.overwrite and folder.resolve() == Path(args.model).resolve():
+        raise CritiqueRMError(f"{folder} is --model too; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -138,7 +153,7 @@ def lock_folder(folder: Path):
     Every rank holds the lock, shared, since workers can outlive a killed torchrun; rank 0 first
     takes it alone. Returns the open file: closing it unlocks.
     """
-    lock = open(folder / ".lock", "w")
+    lock = open(folder / ".lock", "a+")  # a shared lock on NFS needs read access
 
     def take_alone() -> None:
         try:
@@ -235,7 +250,7 @@ def prepare_model(
             vocab_size=4096,
             hidden_size=128,
             intermediate_size=384,
-            num_hidden_layers=4,
+            num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=args.max_length_tokens,
             bos_token_id=None,
@@ -307,12 +322,12 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
     """Restores the newest checkpoint, if there is one; returns the number of steps done."""
-    found = sorted((folder / "checkpoints").glob("step-*"))
+    found = rm.on_rank_zero(lambda: sorted(map(str, (folder / "checkpoints").glob("step-*"))))
     if not found:
         return 0
-    reader = HuggingFaceStorageReader(str(found[-1]))
+    reader = HuggingFaceStorageReader(found[-1])
     dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
-    return int(found[-1].name.removeprefix("step-"))
+    return int(found[-1].rpartition("step-")[2])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -419,7 +434,7 @@ def train(
         number: signal.signal(number, lambda number, frame: stopped.append(number))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
-    n_flat = 0
+    n_flat, saved_at = 0, time.monotonic()
     with tqdm(
         total=n_steps, initial=first, unit="step", mininterval=1, disable=dist.get_rank() != 0
     ) as bar:
@@ -448,10 +463,13 @@ def train(
                 for name, test in tests.items():
                     scores = rm.score_pairs(model, test, args.micro_batch_tokens)
                     say(f"step {step + 1}: {name}: accuracy {accuracy(scores):.4f}")
-            interrupted = torch.tensor(len(stopped))
-            dist.all_reduce(interrupted)  # a signal may reach one rank only, or one before another
-            if interrupted or last or (step + 1) % args.save_every_steps == 0:
+            is_due = dist.get_rank() == 0 and time.monotonic() - saved_at > SAVE_EVERY_SECONDS
+            events = torch.tensor([len(stopped), is_due])
+            dist.all_reduce(events)  # a signal may reach one rank only, or one before another
+            interrupted, is_due = events.tolist()
+            if interrupted or is_due or last or (step + 1) % args.save_every_steps == 0:
                 save_checkpoint(folder, step + 1, model, optimizer)
+                saved_at = time.monotonic()
             if interrupted and not last:
                 raise CritiqueRMError(
                     f"interrupted after step {step + 1} of {n_steps}, which is saved; "
@@ -535,7 +553,8 @@ from transformers import pipeline
 SEPARATOR, END = {rm.SEPARATOR!r}, {end!r}
 score = pipeline("text-classification", "THIS_FOLDER")
 messages = [{{"role": "user", "content": prompt}}, {{"role": "assistant", "content": {answer}}}]
-text = score.tokenizer.apply_chat_template(messages, tokenize=False).rpartition(END)[0] + END
+text = score.tokenizer.apply_chat_template(messages, tokenize=False)
+text = (text.rpartition(END)[0] or text.rstrip()) + END
 print(score(text, add_special_tokens=False)[0]["score"])
 ```
 """
@@ -577,24 +596,32 @@ def run(args: argparse.Namespace) -> dict:
     pairs = {name: rm.read_pairs(name) for name in dict.fromkeys([args.train, *args.test])}
     folder = Path(rm.on_rank_zero(lambda: str(claim_folder(args))))
     lock = lock_folder(folder)
-    if args.overwrite:
-        rm.on_rank_zero(lambda: clear_folder(folder))
-    old = json.loads(path.read_text()) if (path := folder / "run.json").exists() else None
+    path = folder / "run.json"
+    old = None
+    if not args.overwrite:  # as rank 0 sees it: another machine may see a shared folder late
+        old = rm.on_rank_zero(lambda: json.loads(path.read_text()) if path.exists() else None)
     if old and "summary" in old:
         say(f"{folder} is finished")
         return old["summary"]
-    model, encoder = prepare_model(args, folder, pairs[args.train])
+    try:
+        model, encoder = prepare_model(args, folder, pairs[args.train])
+        chosen = pairs[args.train]
+        if args.max_pairs:
+            order = np.random.default_rng(args.seed).permutation(len(chosen))
+            chosen = [chosen[n] for n in order[: args.max_pairs]]
+        training = encoder.encode_pairs(chosen, args.train)
+        tests = {name: encoder.encode_pairs(pairs[name], name) for name in dict.fromkeys(args.test)}
+    except CritiqueRMError:
+        if not args.resume and not args.overwrite and dist.get_rank() == 0:
+            shutil.rmtree(folder)  # new and empty: the corrected command may use the name
+        raise
     description = describe(args, pairs, encoder)
     if old:
         check_same_run(old, description)
-    elif dist.get_rank() == 0:
+    if args.overwrite:
+        rm.on_rank_zero(lambda: clear_folder(folder))
+    if not old and dist.get_rank() == 0:
         rm.replace_file(path, json.dumps(description, indent=2) + "\n")
-    chosen = pairs[args.train]
-    if args.max_pairs:
-        order = np.random.default_rng(args.seed).permutation(len(chosen))
-        chosen = [chosen[n] for n in order[: args.max_pairs]]
-    training = encoder.encode_pairs(chosen, args.train)
-    tests = {name: encoder.encode_pairs(pairs[name], name) for name in dict.fromkeys(args.test)}
     train(model, training, tests, folder, args)
     results = finish(model, encoder, tests, folder, args)
     sample = training[:8]
@@ -614,6 +641,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def clear_folder(folder: Path) -> None:
+    """Empties the folder of --overwrite, once the new run is known to be able to start."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -625,8 +653,8 @@ def main() -> int:
     args = parse_arguments()
     try:
         summary = run(args)
-    except (CritiqueRMError, OSError) as error:
-        say(f"train.py: {error}")
+    except (CritiqueRMError, OSError, CheckpointException) as error:
+        rm.say_error("train.py", error)
         return 1
     except KeyboardInterrupt:
         say("train.py: interrupted; continue with --out RUN --resume")

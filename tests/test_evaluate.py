@@ -8,7 +8,7 @@ import pytest
 
 import evaluate
 from conftest import run_script
-from critique_rm import PairScore
+from critique_rm import CritiqueRMError, PairScore
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,6 +74,14 @@ def test_a_judge_counts_where_both_orders_are_answered(tmp_path):
     judge = row(rows, "judge with critiques", "all")
     assert (judge.accuracy, judge.inconsistent) == (pytest.approx(0.5), pytest.approx(1 / 3))
     assert (judge.pairs, judge.coverage, judge.ties) == (3, 0.75, None)
+
+
+def test_verdicts_of_another_file_are_refused(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    verdicts = {"chosen_first": "chosen", "rejected_first": "chosen"}
+    path.write_text(json.dumps({"id": "x", "with_critiques": False, "verdicts": verdicts}))
+    with pytest.raises(CritiqueRMError, match="no id in it is one of the pairs"):
+        evaluate.tabulate([score(0, 1.0)], judges=[str(path)])
 
 
 def test_pairs_that_were_not_scored_lower_the_coverage():

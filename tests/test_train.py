@@ -163,6 +163,26 @@ def test_runs_without_a_name_take_the_next_free_one(tmp_path, monkeypatch):
     assert [str(train.claim_folder(args)) for _ in range(2)] == ["runs/001", "runs/002"]
 
 
+def test_a_run_that_cannot_start_deletes_nothing_and_leaves_nothing(finished, small, tmp_path, mesh):
+    folder, _, _ = finished
+    before = fingerprint(folder)
+    with pytest.raises(rm.CritiqueRMError, match="no usable config.json"):
+        run_here(*small, "--model", tmp_path, "--out", folder, "--overwrite")
+    with pytest.raises(rm.CritiqueRMError, match="is --model too"):
+        run_here(*small, "--model", folder, "--out", folder, "--overwrite")
+    assert fingerprint(folder) == before
+    with pytest.raises(rm.CritiqueRMError, match="no usable config.json"):
+        run_here(*small, "--model", tmp_path, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("option", [["--lr", "-1"], ["--lr", "nan"], ["--seed", "-1"], ["--epochs", "0"]])
+def test_a_number_out_of_range_is_a_usage_error(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_arguments(option)
+    assert stop.value.code == 2 and option[0] in capsys.readouterr().err
+
+
 def test_a_locked_folder_is_refused(tmp_path, small, mesh):
     folder = tmp_path / "run"
     folder.mkdir()
