@@ -22,6 +22,7 @@ import shutil
 import sys
 import warnings
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -709,36 +710,46 @@ def build_tries(sequences: Sequence[np.ndarray], numbers: Sequence[int], share: 
     return [build_trie([sequence], [number]) for sequence, number in zip(sequences, numbers)]
 
 
-def pack(units: Sequence[Sequence[Trie]], budget_tokens: int, share: bool) -> list[list[list[Trie]]]:
-    """Packs units of tries into micro-batches of rows; the tries of a unit stay together.
+def pack(
+    units: Sequence[Sequence[Trie]], budget_tokens: int, share: bool, rank: int = 0, n_ranks: int = 1
+) -> list[list[list[Trie]]]:
+    """This rank's micro-batches, as rows of tries; the tries of a unit stay together.
 
-    The longest unit left sets the width of a micro-batch's rows and so their number; shorter tries
-    then fill the rows (first fit, longest first). A row is never wider than its longest trie, so
-    attention, quadratic in the row, costs what it would without packing.
+    The longest unit left sets the width of the rows; each row is then filled with the longest units
+    that fit, one after the other, or holds one unit where a model cannot share prefixes. A row is
+    never wider than its longest trie, so attention, quadratic in the row, costs what it would
+    without packing. Computing a micro-batch is a collective call: all ranks get equally many, of
+    one shape, so that none waits for another; some may be empty at the end.
+
+    Within the budget the number of rows is that with the least to compute for each token of data,
+    where a micro-batch counts for budget / 32 tokens more: the weights are gathered for each.
     """
-    waiting = sorted(units, key=lambda unit: -max(map(len, unit)))  # stable
+
+    def size(unit: Sequence[Trie]) -> int:
+        return len(unit) * max(map(len, unit))
+
+    waiting = sorted(units, key=size, reverse=True)  # stable
     batches = []
     while waiting:
-        width = max(map(len, waiting[0]))
-        n_rows = max(len(waiting[0]), budget_tokens // width)
-        rows: list[list[Trie]] = [[] for _ in range(n_rows)]
-        free, left = [width] * n_rows, []
-        for unit in waiting:
-            space, places = list(free), []
-            for trie in unit:
-                r = next((r for r in range(n_rows) if space[r] >= len(trie)), None)
-                if r is None:
-                    break
-                space[r] = space[r] - len(trie) if share else 0
-                places.append(r)
-            if len(places) < len(unit):
-                left.append(unit)
-                continue
-            free = space
-            for r, trie in zip(places, unit):
-                rows[r].append(trie)
-        batches.append([row for row in rows if row])
-        waiting = left
+        width, rows, n_used, options = size(waiting[0]), [], 0, []
+        most = n_ranks * max(1, budget_tokens // width)
+        while waiting and len(rows) < most:
+            row, space = [], width
+            while (k := bisect_left(waiting, -space, key=lambda unit: -size(unit))) < len(waiting):
+                row.append(waiting.pop(k))
+                n_used += size(row[-1])
+                space = space - size(row[-1]) if share else 0
+            rows.append(row)
+            if len(rows) % n_ranks == 0 or not waiting:
+                cost = math.ceil(len(rows) / n_ranks) * width + budget_tokens / 32
+                options.append((cost / n_used, len(rows)))
+        n_rows = min(options)[1]
+        waiting = sorted([*itertools.chain(*rows[n_rows:]), *waiting], key=size, reverse=True)
+        mine = rows[:n_rows][rank::n_ranks]
+        if share:
+            batches.append([[trie for (trie,) in row] for row in mine])
+        else:
+            batches.append([[trie] for (unit,) in mine for trie in unit])
     return batches
 
 
@@ -773,25 +784,6 @@ def collate(rows: Sequence[Sequence[Trie]], device: torch.device) -> Batch:
     n_tokens = sum(len(trie) for row in rows for trie in row)
     arrays = ids, positions, ends, np.concatenate(last, 1), np.concatenate(numbers)
     return Batch(*(torch.from_numpy(a.astype(np.int64)).to(device) for a in arrays), n_tokens)
-
-
-def deal(
-    units: Sequence[Sequence[Trie]], budget_tokens: int, share: bool
-) -> list[list[list[Trie]]]:
-    """This rank's micro-batches: units dealt longest first to the rank with the fewest tokens.
-
-    All ranks get equally many micro-batches, some of them empty, because computing one is a
-    collective call.
-    """
-    shares: list[list[Sequence[Trie]]] = [[] for _ in range(dist.get_world_size())]
-    loads = [0] * len(shares)
-    for unit in sorted(units, key=lambda unit: -sum(map(len, unit))):
-        rank = loads.index(min(loads))
-        shares[rank].append(unit)
-        loads[rank] += sum(map(len, unit))
-    packed = [pack(units, budget_tokens, share) for units in shares]
-    mine = packed[dist.get_rank()]
-    return mine + [[]] * (max(map(len, packed)) - len(mine))
 
 
 LOWEST = torch.finfo(torch.bfloat16).min  # finite in fp32 and in bf16
@@ -1177,7 +1169,7 @@ def score_groups(
             units += [[trie] for trie in build_tries(part, numbers, share)]
     device = next(model.parameters()).device
     rewards = torch.zeros(len(number), dtype=torch.float64, device=device)
-    for rows in deal(units, budget_tokens, share):
+    for rows in pack(units, budget_tokens, share, dist.get_rank(), dist.get_world_size()):
         batch = collate(rows, device)
         rewards[batch.numbers] = compute_rewards(model, batch).double()
     for module in trunk_and_head(model):

@@ -86,7 +86,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, metavar="NAME", help="name of the model there")
     add("--temperature", type=float, metavar="T", help="None: the endpoint's own")
     add("--max-tokens", type=positive_int, default=512, metavar="N", help="of one answer")
-    add("--max-tokens-field", default="max_tokens", metavar="NAME", help="or max_completion_tokens")
     add("--extra-body", type=json.loads, default={}, metavar="JSON", help="more request fields")
     add("--header", type=header, action="append", default=[], metavar="NAME:VALUE",
         help="another header; a secret as 'NAME:$VARIABLE', read from the environment")
@@ -97,7 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-requests", type=positive_int, metavar="N", help="calls in this run; None: all")
     add("--dry-run", action="store_true", help="show the first request and totals, send nothing")
     args = parser.parse_args(argv)
-    taken = {"model", "messages", "n", "stream", args.max_tokens_field}
+    taken = {"model", "messages", "n", "stream", "max_tokens"}
     if not args.base_url:
         parser.error("no endpoint: pass --base-url or set OPENAI_BASE_URL")
     if not 0 < args.timeout_seconds < threading.TIMEOUT_MAX:
@@ -195,7 +194,7 @@ def build_body(pair: Pair, side: str, sample: int, args: argparse.Namespace) -> 
         answers = pair.answers if side == "chosen_first" else pair.answers[::-1]
         messages = build_judge_messages(*answers, args.with_critiques, args.instruction)
     body = {"model": args.model, "messages": [message._asdict() for message in messages]}
-    body |= {args.max_tokens_field: args.max_tokens, **args.extra_body}
+    body |= {"max_tokens": args.max_tokens, **args.extra_body}
     if args.temperature is not None:
         body["temperature"] = args.temperature
     if isinstance(body.get("seed"), int):
@@ -299,7 +298,7 @@ class Endpoint:
     def __init__(self, args: argparse.Namespace):
         self.args, self.stop, self.lock = args, threading.Event(), threading.Lock()
         self.opens_at = self.spacing_seconds = 0.0
-        self.is_reached = False
+        self.is_reached, self.limit_field = False, "max_tokens"
         self.name = args.base_url.partition("?")[0]  # a query may hold a secret
         self.headers = {"Content-Type": "application/json"}
         self.secrets = [secret for _, _, secret in args.header if secret]
@@ -349,6 +348,8 @@ class Endpoint:
     def post(self, session: requests.Session, body: dict, spent: Counter) -> tuple[str, str]:
         """Returns text and finish reason. Raises Retry, Failed, or the root to end the run."""
         timeout = (CONNECT_TIMEOUT_SECONDS, self.args.timeout_seconds)
+        field = self.limit_field
+        body = {field if name == "max_tokens" else name: value for name, value in body.items()}
         try:  # a redirect is not followed: it would take the prompt and the key along
             response = session.post(
                 self.args.base_url, data=json.dumps(body), timeout=timeout, allow_redirects=False
@@ -364,6 +365,9 @@ class Endpoint:
         for secret in self.secrets:
             if len(secret) >= 8:  # shorter ones are placeholders such as "none"
                 text = text.replace(secret, "***")  # some endpoints echo the key
+        if response.status_code == 400 and field == "max_tokens" and "max_completion_tokens" in text:
+            self.limit_field = "max_completion_tokens"  # OpenAI's newer models want it so
+            raise Retry("status 400", one_line(text), 0.0)
         data = read_object(text)
         is_error = response.status_code != 200 or data.get("error")
         if is_error or not (reply := read_reply(data, spent)):
@@ -448,9 +452,9 @@ def ask(endpoint: Endpoint, session: requests.Session, call: Call, spent: Counte
             n_retries += 1
             seconds = endpoint.back_off(problem, n_retries)
             continue
-        if finish_reason != "length" or body[args.max_tokens_field] > args.max_tokens:
+        if finish_reason != "length" or body["max_tokens"] > args.max_tokens:
             return accept(text, finish_reason, args.task)
-        body[args.max_tokens_field] *= 2
+        body["max_tokens"] *= 2
         seconds = 0.0
 
 

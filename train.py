@@ -377,7 +377,8 @@ def train_step(
         units.append(rm.build_tries([*chosen, *rejected], numbers, share))
     margins = torch.tensor([e.pair.margin for e in pairs], dtype=torch.float32, device=device)
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    for rows in rm.deal(units, args.micro_batch_tokens, share):
+    ranks = dist.get_rank(), dist.get_world_size()
+    for rows in rm.pack(units, args.micro_batch_tokens, share, *ranks):
         batch = rm.collate(rows, device)
         sides, place, n_each = batch.numbers.unique(return_inverse=True, return_counts=True)
         sums_by_side = torch.zeros(len(sides), device=device)

@@ -459,40 +459,37 @@ def chain(length: int, number: int = 0) -> rm.Trie:
 
 @pytest.mark.parametrize(
     "share, expected",
-    [(True, [[[5], [3, 2]], [[2], [2]]]), (False, [[[5], [3]], [[2], [2], [2]]])],
+    [(True, [[[5], [3, 2]], [[2], [2]]]), (False, [[[5]], [[3]], [[2], [2], [2]]])],
 )
 def test_packing_a_few_tries_by_hand(share, expected):
     packed = rm.pack([[chain(n)] for n in (2, 5, 3, 2, 2)], 10, share)
     assert [[[len(trie) for trie in row] for row in rows] for rows in packed] == expected
 
 
-@pytest.mark.parametrize("share, most_padding", [(True, 0.1), (False, 0.3)])
+@pytest.mark.parametrize("share, n_tries, most_wasted", [(True, 1, 0.08), (False, 2, 0.28)])
 @pytest.mark.parametrize("n_ranks", [1, 3])
-def test_every_unit_is_dealt_once_within_the_budget(monkeypatch, n_ranks, share, most_padding):
+def test_every_unit_is_packed_once_within_the_budget(n_ranks, share, n_tries, most_wasted):
     rng, number = np.random.default_rng(0), itertools.count()
-    lengths = [rng.integers(20, 200, rng.integers(1, 3)) for _ in range(200)]
-    units = [[chain(n, next(number)) for n in unit] for unit in lengths]
-    monkeypatch.setattr(rm.dist, "get_world_size", lambda: n_ranks)
-    dealt, n_batches = [], set()
-    for rank in range(n_ranks):
-        monkeypatch.setattr(rm.dist, "get_rank", lambda: rank)
-        batches = [rm.collate(rows, CPU) for rows in rm.deal(units, 2048, share)]
-        dealt, n_batches = dealt + batches, n_batches | {len(batches)}
-    found = [set(batch.numbers.tolist()) for batch in dealt]
+    units = [[chain(n, next(number)) for n in rng.integers(20, 200, n_tries)] for _ in range(200)]
+    ranks = [rm.pack(units, 2048, share, rank, n_ranks) for rank in range(n_ranks)]
+    batches = [[rm.collate(rows, CPU) for rows in packed] for packed in ranks]
+    packed = sum(batches, [])
+    found = [set(batch.numbers.tolist()) for batch in packed]
     wholes = [{int(trie.numbers[0]) for trie in unit} for unit in units]
     assert all(sum(whole <= numbers for numbers in found) == 1 for whole in wholes)
-    assert sum(map(len, found)) == next(number) and len(n_batches) == 1
-    n_tokens, n_computed = sum(b.n_tokens for b in dealt), sum(b.ids.numel() for b in dealt)
-    assert n_tokens == sum(map(sum, lengths)) and max(b.ids.numel() for b in dealt) <= 2048
-    assert 1 - n_tokens / n_computed < most_padding
+    assert sum(map(len, found)) == next(number)
+    n_tokens, largest = sum(b.n_tokens for b in packed), [
+        max(b.ids.numel() for b in same_time) for same_time in zip(*batches, strict=True)
+    ]
+    assert n_tokens == sum(len(trie) for unit in units for trie in unit)
+    assert max(largest) <= 2048
+    assert 1 - n_tokens / (n_ranks * sum(largest)) < most_wasted  # padding, and waiting for others
 
 
-def test_a_rank_with_fewer_units_gets_empty_micro_batches(monkeypatch):
-    monkeypatch.setattr(rm.dist, "get_world_size", lambda: 3)
-    for rank, expected in enumerate([[[[5]], []], [[[4]], []], [[[3]], [[2]]]]):
-        monkeypatch.setattr(rm.dist, "get_rank", lambda: rank)
-        dealt = rm.deal([[chain(n)] for n in (2, 3, 4, 5)], 1, share=True)
-        assert [[[len(trie) for trie in row] for row in rows] for rows in dealt] == expected
+@pytest.mark.parametrize("rank, expected", [(0, [[[5]], [[2]]]), (1, [[[4]], []]), (2, [[[3]], []])])
+def test_a_rank_with_fewer_units_gets_empty_micro_batches(rank, expected):
+    packed = rm.pack([[chain(n)] for n in (2, 3, 4, 5)], 1, True, rank, n_ranks=3)
+    assert [[[len(trie) for trie in row] for row in rows] for rows in packed] == expected
 
 
 # --------------------------------------------------------------------------------------------------

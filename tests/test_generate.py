@@ -275,13 +275,27 @@ def test_base_urls_are_completed(base, expected):
     assert generate.chat_url(base) == expected
 
 
+def test_a_model_that_wants_max_completion_tokens_gets_it(serve, run):
+    def refuse_max_tokens(request, number):
+        if "max_tokens" in request.body:
+            return error(400, "Unsupported parameter: use 'max_completion_tokens' instead.")
+        return echo(request)
+
+    server = serve(refuse_max_tokens)
+    write_pairs(3)
+    ended = run(server, "--max-tokens", "9", "--workers", "1")
+    assert ended.code == 0 and len(server.requests) == 7  # one refusal for six answers
+    assert all(request.body["max_completion_tokens"] == 9 for request in server.requests[1:])
+    assert run(server, "--max-tokens", "9").code == 0 and len(server.requests) == 7
+
+
 def test_requests_carry_settings_headers_and_query(serve, run, monkeypatch):
     server = serve()
     write_pairs(1)
     Path("instruction.txt").write_text("Be harsh.\n")
     monkeypatch.setenv("AZURE_KEY", "azure-secret-1")
     monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}?api-version=2")
-    flags = "--temperature 0.5 --max-tokens 9 --max-tokens-field max_completion_tokens"
+    flags = "--temperature 0.5 --max-tokens 9"
     extra = ["--extra-body", '{"top_p": 0.9, "seed": 5}', "--prompt-file", "instruction.txt"]
     headers = ["--header", "api-key:$AZURE_KEY", "--header", "X-Title: mine"]
     assert run(None, *flags.split(), *extra, *headers, "--n-critiques", "2").code == 0
@@ -290,9 +304,8 @@ def test_requests_carry_settings_headers_and_query(serve, run, monkeypatch):
     }
     assert sorted(request.body["seed"] for request in server.requests) == [5, 5, 6, 6]
     request = server.requests[0]
-    body = {name: request.body[name] for name in ("model", "temperature", "top_p")}
-    assert body == {"model": "m", "temperature": 0.5, "top_p": 0.9}
-    assert request.body["max_completion_tokens"] == 9 and "max_tokens" not in request.body
+    body = {name: request.body[name] for name in ("model", "temperature", "top_p", "max_tokens")}
+    assert body == {"model": "m", "temperature": 0.5, "top_p": 0.9, "max_tokens": 9}
     assert request.text.startswith("Be harsh.\n\n=== USER ===")
     assert request.headers["api-key"] == "azure-secret-1" and request.headers["X-Title"] == "mine"
     assert "Authorization" not in request.headers  # the key is for another endpoint then
