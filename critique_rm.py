@@ -12,6 +12,7 @@ Shapes: B pairs, S sequences, R rows, T tokens in a row, H hidden size.
 
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -113,11 +114,10 @@ class Pair:
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # templates print them: no free text
 MAX_LINE_BYTES = 16 * 2**20
-MAX_ARRAY_BYTES = 2**30
 CRITIQUES_MISSING = "run generate.py on it first, or pass --no-critiques"
 
 
-def read_pairs(source: str) -> list[Pair]:
+def read_pairs(source: str, skip_bad: bool = False) -> list[Pair]:
     """Reads preference pairs from a file, or from a Hub data set `NAME` or `NAME:SPLIT`.
 
     Files are JSON lines or one JSON array, plain or gzipped, told apart by content. Each record is
@@ -125,11 +125,24 @@ def read_pairs(source: str) -> list[Pair]:
     transcripts, RewardBench, PandaLM's test set (majority of three annotators, ties dropped) and
     LLMBar. Records without an id get one from their content.
 
-    Raises CritiqueRMError naming file, line, field, what was found and what to do.
+    Raises CritiqueRMError naming file, line, field, what was found and what to do; with `skip_bad`
+    records that are wrong in themselves are left out and counted instead.
     """
-    records = [(where, _parse_pair(row, where)) for where, row in read_rows(source)]
-    pairs = [(where, pair) for where, pair in records if pair]
-    n_ties = len(records) - len(pairs)
+    pairs, n_ties, bad = [], 0, []
+    for where, record in _read_records(source):
+        try:
+            pair = _parse_pair(_object(record, where), where)
+        except CritiqueRMError as error:
+            if not skip_bad:
+                raise
+            bad.append(error)
+            continue
+        if pair:
+            pairs.append((where, pair))
+        else:
+            n_ties += 1
+    if bad:
+        say(f"{source}: {len(bad)} bad records skipped, the first: {bad[0]}")
     if n_ties:
         say(f"{source}: {n_ties} pairs without a majority for one side dropped")
     if not pairs:
@@ -182,6 +195,12 @@ def _with_unique_ids(located: list[tuple[str, Pair]], source: str) -> list[Pair]
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     """Yields (where, object) from a file or a Hub data set; `where` is for messages."""
+    for where, record in _read_records(source):
+        yield where, _object(record, where)
+
+
+def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
+    """Yields lines of bytes or what an array holds; no more than one is in memory at a time."""
     if not os.path.exists(source):
         yield from _read_hub(source)
         return
@@ -194,40 +213,62 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
         raise CritiqueRMError(f"{source}: cannot be read ({error}); is the file complete?") from None
 
 
-def _read_lines(source: str, stream) -> Iterator[tuple[str, dict]]:
+def _read_lines(source: str, stream) -> Iterator[tuple[str, bytes]]:
     for number in itertools.count(1):
         line = stream.readline(MAX_LINE_BYTES + 1)
         if not line:
             return
-        if len(line) > MAX_LINE_BYTES:
-            raise CritiqueRMError(f"{source}:{number}: line longer than 16 MB; shorten or remove it")
         if line.strip(b"\xef\xbb\xbf \t\r\n"):
-            yield _parse_json(line, f"{source}:{number}", dict)
+            yield f"{source}:{number}", line
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):  # the rest of a long one
+            line = stream.readline(MAX_LINE_BYTES + 1)
 
 
-def _read_array(source: str, stream) -> Iterator[tuple[str, dict]]:
-    data = stream.read(MAX_ARRAY_BYTES + 1)
-    if len(data) > MAX_ARRAY_BYTES:
-        raise CritiqueRMError(f"{source}: JSON array over 1 GB; write one object a line instead")
-    for number, row in enumerate(_parse_json(data, source, list), 1):
-        where = f"{source}: item {number}"
-        if not isinstance(row, dict):
-            raise CritiqueRMError(f"{where}: expected an object, found {_shorten(row)}")
-        yield where, row
+def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
+    text, decoder, before = io.TextIOWrapper(stream, "utf-8-sig"), json.JSONDecoder(), "["
+    buffer, number = "", 0
+    while True:
+        buffer = buffer.lstrip(" \t\r\n")
+        try:
+            if buffer[:1] == "]" and number and not (buffer[1:] + text.read(2**14)).strip():
+                return
+            if buffer[:1] != before:
+                raise ValueError(f"expected {before}")
+            item = buffer[1:].lstrip(" \t\r\n")
+            if item == "]" and not number and not text.read(2**14).strip():
+                return
+            value, end = decoder.raw_decode(item)
+        except (ValueError, RecursionError) as error:  # wrong, or not yet read to its end
+            try:
+                more = text.read(max(2**14, len(buffer)))
+            except UnicodeDecodeError:
+                raise CritiqueRMError(f"{source}: item {number + 1}: not UTF-8 text") from None
+            if not more or len(buffer) > MAX_LINE_BYTES or isinstance(error, RecursionError):
+                problem = str(error).split(";")[0]
+                raise CritiqueRMError(
+                    f"{source}: item {number + 1}: not valid JSON, or over 16 MB ({problem})"
+                ) from None
+            buffer += more
+            continue
+        buffer, before, number = item[end:], ",", number + 1
+        yield f"{source}: item {number}", value
 
 
-def _parse_json(data: bytes, where: str, kind: type):
-    """Parses one JSON value of the given kind; returns (where, value) for objects."""
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise CritiqueRMError(f"{where}: not UTF-8 text; expected JSON lines or a JSON array") from None
-    except (ValueError, RecursionError) as error:
-        problem = str(error).split(";")[0]
-        raise CritiqueRMError(f"{where}: not valid JSON ({problem}); mend or remove it") from None
-    if not isinstance(value, kind):
-        raise CritiqueRMError(f"{where}: expected a JSON object, found {_shorten(value)}")
-    return (where, value) if kind is dict else value
+def _object(record: bytes | object, where: str) -> dict:
+    """The JSON object of a record."""
+    if isinstance(record, bytes):
+        if len(record) > MAX_LINE_BYTES:
+            raise CritiqueRMError(f"{where}: line longer than 16 MB; shorten or remove it")
+        try:
+            record = json.loads(record.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            raise CritiqueRMError(f"{where}: not UTF-8 text; expected a JSON object") from None
+        except (ValueError, RecursionError) as error:
+            problem = str(error).split(";")[0]
+            raise CritiqueRMError(f"{where}: not valid JSON ({problem}); mend or remove it") from None
+    if not isinstance(record, dict):
+        raise CritiqueRMError(f"{where}: expected a JSON object, found {_shorten(record)}")
+    return record
 
 
 def _read_hub(source: str) -> Iterator[tuple[str, dict]]:
@@ -819,8 +860,12 @@ def attention_masks(batch: Batch, config: PreTrainedConfig) -> Tensor | dict[str
 # Processes
 
 
-def start_processes() -> tuple[torch.device, DeviceMesh]:
-    """Joins the process group, of size 1 without torchrun: one code path for one and many."""
+def start_processes(shard_group: int | None = None) -> tuple[torch.device, DeviceMesh]:
+    """Joins the process group, of size 1 without torchrun: one code path for one and many.
+
+    The mesh is that to shard a model over: all processes, or groups of `shard_group` of them that
+    each hold a replica.
+    """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
@@ -832,7 +877,33 @@ def start_processes() -> tuple[torch.device, DeviceMesh]:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         hours = timedelta(hours=3)  # ranks wait for one to download or to write the whole model
         dist.init_process_group(backend, timeout=hours, **({} if "RANK" in os.environ else alone))
-    return device, init_device_mesh(kind, (dist.get_world_size(),))
+        _cpu_group()  # while all are here
+    n = dist.get_world_size()
+    if not shard_group:
+        return device, init_device_mesh(kind, (n,))
+    if n % shard_group:
+        raise CritiqueRMError(f"{n} processes are not groups of {shard_group}; mend --shard-group")
+    names = ("replicate", "shard")
+    return device, init_device_mesh(kind, (n // shard_group, shard_group), mesh_dim_names=names)
+
+
+def meet(place: str, minutes: float = 30) -> None:
+    """Waits for all ranks. Raises CritiqueRMError that names those which did not come in time."""
+    if dist.get_world_size() == 1:
+        return
+    try:
+        dist.monitored_barrier(_cpu_group(), timedelta(minutes=minutes), wait_all_ranks=True)
+    except RuntimeError as error:
+        missing = re.search(r"Ranks? ([\d, ]+) failed", str(error))  # only rank 0 is told
+        raise CritiqueRMError(
+            f"rank {missing[1] if missing else 0} did not come to {place} within {minutes:g} "
+            "minutes; look at its last messages"
+        ) from None
+
+
+@cache
+def _cpu_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -77,6 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--data", help="preference pairs to test on")
     what.add_argument("--score", metavar="ANSWERS", help="single answers to score")
     parser.add_argument("--no-critiques", action="store_true", help="leave critiques out of the input")
+    parser.add_argument("--skip-bad", action="store_true", help="count bad records, do not refuse")
     parser.add_argument("--max-length-tokens", type=int, help="of a sequence (default: the model's)")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="computed at a time")
     parser.add_argument(
@@ -255,7 +256,7 @@ def to_markdown(rows: list[Row]) -> str:
 
 def evaluate_pairs(args: argparse.Namespace) -> int:
     """Scores the pairs of --data and prints the table."""
-    pairs = rm.read_pairs(args.data)
+    pairs = rm.read_pairs(args.data, args.skip_bad)
     model, encoder = load(args)
     encoded = encoder.encode_pairs(pairs, args.data)
     scores = rm.score_pairs(model, encoded, args.micro_batch_tokens)

@@ -74,6 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("pairs", metavar="PAIRS", help="preference pairs: a file or Hub data set")
+    parser.add_argument("--skip-bad", action="store_true", help="count bad records, do not refuse")
     parser.add_argument("--output", required=True, metavar="OUT", help="JSON lines file to write")
     add = parser.add_argument_group("task").add_argument
     add("--task", choices=SIDES, default="critique", help="what to ask about the pairs")
@@ -653,7 +654,7 @@ def show(todo: list[Call], args: argparse.Namespace) -> Counter:
 def run(args: argparse.Namespace) -> int:
     started_at, endpoint = time.monotonic(), Endpoint(args)
     check_output(args)
-    pairs = read_pairs(args.pairs)
+    pairs = read_pairs(args.pairs, args.skip_bad)
     calls = plan(pairs, args)
     journal = Journal(f"{args.output}.journal")
     with journal.file:

@@ -19,10 +19,14 @@ import math
 import os
 import platform
 import resource
+import secrets
 import shutil
 import signal
 import sys
 import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,9 +49,10 @@ from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore, 
 DATA = Path(__file__).parent / "data"
 MAY_CHANGE_ON_RESUME = (
     *("out", "resume", "overwrite", "micro_batch_tokens", "activation_checkpointing"),
-    *("save_every_steps", "eval_every_steps"),
+    *("save_every_steps", "eval_every_steps", "shard_group"),
 )
 SAVE_EVERY_SECONDS = 600  # whatever --save-every-steps says
+FLAT_STEPS = 20  # with which the loss is called flat
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
@@ -65,6 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--test", action="append", help="pairs to test on; may be repeated")
     data.add_argument("--no-critiques", action="store_true", help="the baseline r(x, y)")
     data.add_argument("--max-pairs", type=positive_int, help="the first N in the seeded order")
+    data.add_argument("--skip-bad", action="store_true", help="count bad records, do not refuse")
     data.add_argument("--max-length-tokens", type=positive_int, default=2048, help="of a sequence")
     loop = parser.add_argument_group("training")
     loop.add_argument("--epochs", type=positive_int, help="(default: 3 for tiny, else 1)")
@@ -89,6 +95,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     run.add_argument("--eval-every-steps", type=positive_int, help="test this often on the way")
     run.add_argument("--save-every-steps", type=positive_int, default=500, help="for --resume")
+    run.add_argument("--shard-group", type=positive_int, metavar="N", help="shard over groups of N processes and replicate across (default: shard over all)")
     args = parser.parse_args(argv)
     if args.resume and (args.overwrite or not args.out):
         parser.error("--resume needs --out, and does not go with --overwrite")
@@ -152,22 +159,48 @@ def lock_folder(folder: Path):
 
     Every rank holds the lock, shared, since workers can outlive a killed torchrun; rank 0 first
     takes it alone. Returns the open file: closing it unlocks.
+
+    Raises CritiqueRMError if the folder is in use, or is not the same for all machines.
     """
+    elsewhere = CritiqueRMError(
+        f"{folder} on {platform.node()} is not the folder of rank 0; --out must be on a disk that "
+        "all machines share"
+    )
+    if not folder.is_dir():
+        raise elsewhere
     lock = open(folder / ".lock", "a+")  # a shared lock on NFS needs read access
 
-    def take_alone() -> None:
+    def take_alone() -> str:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CritiqueRMError(
                 f"{folder} is in use by another run; wait for it, or end its train.py processes"
             ) from None
+        lock.truncate(0)
+        lock.write(mark := secrets.token_hex(8))
+        lock.flush()
         fcntl.flock(lock, fcntl.LOCK_SH)
+        return mark
 
-    rm.on_rank_zero(take_alone)
+    mark = rm.on_rank_zero(take_alone)
     fcntl.flock(lock, fcntl.LOCK_SH)
-    dist.barrier()
+    lock.seek(0)
+    if lock.read() != mark:
+        raise elsewhere
+    rm.meet("the start")
     return lock
+
+
+def check_disk(folder: Path, n_parameters: int) -> None:
+    """There must be room for three checkpoints of weights and optimizer; two are kept."""
+    needed = 3 * 12 * n_parameters
+    here = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*"))
+    if (free := shutil.disk_usage(folder).free + here) < needed:
+        raise CritiqueRMError(
+            f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed for "
+            "checkpoints; free some, or choose another --out"
+        )
 
 
 def describe(args: argparse.Namespace, data: dict[str, list[Pair]], encoder: Encoder) -> dict:
@@ -239,7 +272,7 @@ def prepare_model(
     args: argparse.Namespace, folder: Path, pairs: list[Pair]
 ) -> tuple[PreTrainedModel, Encoder]:
     """The tokenizer and the sharded model with its first weights."""
-    device, mesh = rm.start_processes()
+    device, mesh = rm.start_processes(args.shard_group)
     dtype = rm.compute_dtype(device)
     if args.model == "tiny":
         source = str(folder / "tokenizer")
@@ -306,12 +339,15 @@ def save_checkpoint(
     folder: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> None:
     """Each rank writes its part; one rename makes the checkpoint visible; the newest two are kept."""
+    rm.meet(f"the checkpoint after step {step}")
     draft, final = folder / "checkpoints" / "draft", folder / "checkpoints" / f"step-{step:08d}"
     rm.on_rank_zero(lambda: shutil.rmtree(draft, ignore_errors=True))
     writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
     dcp.save(checkpoint_tensors(model, optimizer), storage_writer=writer)
+    sums = checksums(draft)
 
     def publish() -> None:
+        rm.replace_file(draft / "checksums.json", json.dumps(sums))
         shutil.rmtree(final, ignore_errors=True)
         draft.replace(final)
         for old in sorted(final.parent.glob("step-*"))[:-2]:
@@ -321,13 +357,41 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
-    """Restores the newest checkpoint, if there is one; returns the number of steps done."""
+    """Restores the newest whole checkpoint, if there is one; returns the number of steps done."""
     found = rm.on_rank_zero(lambda: sorted(map(str, (folder / "checkpoints").glob("step-*"))))
-    if not found:
-        return 0
-    reader = HuggingFaceStorageReader(found[-1])
-    dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
-    return int(found[-1].rpartition("step-")[2])
+    for path in map(Path, reversed(found)):
+        if checksums(path) == rm.on_rank_zero(lambda: read_object(path / "checksums.json")):
+            reader = HuggingFaceStorageReader(str(path))
+            dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
+            return int(path.name.removeprefix("step-"))
+        say(f"warning: {path} is damaged; trying the one before it")
+    if found:
+        raise CritiqueRMError(f"{folder}: no checkpoint is whole; start anew with --overwrite")
+    return 0
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """The CRC-32 of each file of a checkpoint, on disk by then; each rank reads some of them."""
+    names = rm.on_rank_zero(lambda: sorted(path.name for path in folder.iterdir()))
+    names = [name for name in names if name != "checksums.json"]
+    mine = {}
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        with open(folder / name, "rb") as file:
+            os.fsync(file)
+            mine[name] = 0
+            while block := file.read(2**24):
+                mine[name] = zlib.crc32(block, mine[name])
+    parts = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {name: crc for part in parts for name, crc in part.items()}
+
+
+def read_object(path: Path) -> dict | None:
+    """The JSON object in a file of ours, None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,17 +492,12 @@ def train(
     n_steps = n_per_epoch * args.epochs
     first = load_checkpoint(folder, model, optimizer)
     if first == 0:
+        rm.on_rank_zero(lambda: check_disk(folder, sum(p.numel() for p in model.parameters())))
         save_checkpoint(folder, 0, model, optimizer)  # a save that fails should fail now
     metrics = open_metrics(folder, first) if dist.get_rank() == 0 else None
-    stopped: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, frame: stopped.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    n_flat, saved_at = 0, time.monotonic()
-    with tqdm(
-        total=n_steps, initial=first, unit="step", mininterval=1, disable=dist.get_rank() != 0
-    ) as bar:
+    n_flat, n_equal, saved_at = 0, 0, time.monotonic()
+    bar = tqdm(total=n_steps, initial=first, unit="step", mininterval=1, disable=metrics is None)
+    with note_signals() as stopped, bar:
         for step in range(first, n_steps):
             started = time.perf_counter()
             for group in optimizer.param_groups:
@@ -457,8 +516,15 @@ def train(
             )
             bar.update()
             n_flat = n_flat + 1 if abs(row["loss"] - math.log(2)) < 1e-3 else 0
-            if n_flat == 20:
+            if n_flat == FLAT_STEPS:
                 say("the loss stays at log 2: the model does not tell chosen from rejected")
+            is_equal = row["accuracy"] == row["margin"] == 0 and step >= n_steps // 10
+            n_equal = n_equal + 1 if is_equal else 0
+            if n_equal == FLAT_STEPS:
+                raise CritiqueRMError(
+                    f"all rewards were equal for {FLAT_STEPS} steps; lower --lr, or look at whether "
+                    "the model reads what differs"
+                )
             last = step + 1 == n_steps
             if args.eval_every_steps and (step + 1) % args.eval_every_steps == 0 and not last:
                 for name, test in tests.items():
@@ -476,8 +542,21 @@ def train(
                     f"interrupted after step {step + 1} of {n_steps}, which is saved; "
                     f"continue with the same command and --out {folder} --resume"
                 )
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+
+
+@contextmanager
+def note_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of ending the process."""
+    noted: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: noted.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def open_metrics(folder: Path, n_steps_done: int):
@@ -594,7 +673,7 @@ def summarize(folder: Path, results: dict[str, float]) -> dict:
 def run(args: argparse.Namespace) -> dict:
     """All steps from pairs to summary; returns the summary."""
     rm.start_processes()
-    pairs = {name: rm.read_pairs(name) for name in dict.fromkeys([args.train, *args.test])}
+    pairs = {name: rm.read_pairs(name, args.skip_bad) for name in dict.fromkeys([args.train, *args.test])}
     folder = Path(rm.on_rank_zero(lambda: str(claim_folder(args))))
     lock = lock_folder(folder)
     path = folder / "run.json"
@@ -656,6 +735,12 @@ def main() -> int:
         summary = run(args)
     except (CritiqueRMError, OSError, CheckpointException) as error:
         rm.say_error("train.py", error)
+        return 1
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        advice = "lower --micro-batch-tokens, add --activation-checkpointing, or use more processes"
+        rm.say_error("train.py", CritiqueRMError(f"out of memory; {advice}"))
         return 1
     except KeyboardInterrupt:
         say("train.py: interrupted; continue with --out RUN --resume")

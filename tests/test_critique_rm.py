@@ -7,8 +7,11 @@ import math
 import os
 import re
 import sys
+import tempfile
+import tracemalloc
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,9 +166,9 @@ BAD_FILES = {  # name: (content, what the message must hold behind the file)
     "line, number": (b"3\n", ":1: expected a JSON object"),
     "line, array": (lines(PLAIN, [1]), ":2: expected a JSON object"),
     "line, long number": (b'{"id": ' + b"1" * 5000 + b"}", ":1: not valid JSON"),
-    "array, cut": (b'[{"prompt": "p"}', ": not valid JSON"),
-    "array, nested": (b"[" * 200_000, ": not valid JSON"),
-    "array of text": (json.dumps([PLAIN, "x"]).encode(), ": item 2: expected an object, found 'x'"),
+    "array, cut": (json.dumps([PLAIN])[:-1].encode(), ": item 2: not valid JSON"),
+    "array, nested": (b"[" * 200_000, ": item 1: not valid JSON"),
+    "array of text": (json.dumps([PLAIN, "x"]).encode(), ": item 2: expected a JSON object, found 'x'"),
     "array, bad item": (json.dumps([PLAIN, {"prompt": "p"}]).encode(), ": item 2: .*'chosen'"),
     "ids": (lines(PLAIN, PLAIN | {"id": "b"}, PLAIN), ":3: id 'a' .*a.jsonl:1;"),
     "prompts": (lines(WHOLE | {"chosen": ASKED + CHAT[0]}), ":1: 'chosen' and 'rejected' differ"),
@@ -215,11 +218,93 @@ def test_a_bad_value_is_refused_with_file_line_and_field(tmp_path, record, field
 
 def test_a_line_or_array_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(rm, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(rm, "MAX_ARRAY_BYTES", 1000)
     (tmp_path / "a.jsonl").write_bytes(lines(PLAIN) + b"x" * 2000)
     assert "a.jsonl:2: line longer" in complaint(str(tmp_path / "a.jsonl"))
     (tmp_path / "b.json").write_bytes(gzip.compress(b"[" + b" " * 10**6))
-    assert "b.json: JSON array over" in complaint(str(tmp_path / "b.json"))
+    assert "b.json: item 1: not valid JSON, or over 16 MB" in complaint(str(tmp_path / "b.json"))
+
+
+def test_bad_records_are_skipped_and_counted_on_request(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rm, "MAX_LINE_BYTES", 1000)
+    good = [PLAIN, PLAIN | {"id": "b"}]
+    long = b'{"prompt": "' + b"x" * 5000 + b'"}\n'
+    data = long + lines(good[0], [1], PLAIN | {"chosen": 3}) + b"{\xff}\n" + lines(good[1])
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "b.json").write_text(json.dumps([3, good[0], PLAIN | {"margin": "x"}, good[1]]))
+    for name, n_bad, first in ("a.jsonl", 4, ":1: line longer"), ("b.json", 2, ": item 1: expected"):
+        assert [p.id for p in read_pairs(str(tmp_path / name), skip_bad=True)] == ["a", "b"]
+        said = capsys.readouterr().err
+        assert f"{name}: {n_bad} bad records skipped, the first: {tmp_path}/{name}{first}" in said
+
+
+def test_an_array_is_read_like_its_lines(tmp_path):
+    rows = [PLAIN | {"id": str(n), "chosen": "é\"]," * (n * n)} for n in range(60)]
+    expected = read_pairs(write(tmp_path / "a.jsonl", *rows))
+    for n, text in enumerate([json.dumps(rows), json.dumps(rows, indent=3, ensure_ascii=False)]):
+        (tmp_path / f"{n}.json").write_text(text + "\n ")
+        assert read_pairs(str(tmp_path / f"{n}.json")) == expected
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+    """One to three of the things that happen to files."""
+    for _ in range(rng.integers(1, 4)):
+        a, b = sorted(rng.integers(0, len(data) + 1, 2))
+        junk = [
+            *(b"\x00", b"\xef\xbb\xbf", b"\r", b"\n", b"\\ud800", b"\xff\xfe", b'"', b"\\", b"[", b"]"),
+            *(b"{" * 3000, b"9" * 5000, b"1e999", b"NaN", b"-0", b"null", b"true", b"{}", b'"":1,'),
+            *(b'"chosen": 1, ', b'"prompt": [[]], ', b'"id": "a", ', b"\xe2\x80\xa8", b"\x1f\x8b"),
+        ][rng.integers(24)]
+        data = [
+            lambda: data[:a],
+            lambda: data[a:],
+            lambda: data[:a] + data[b:],
+            lambda: data[:a] + junk + data[a:],
+            lambda: data[:a] + junk + data[b:],
+            lambda: data[:b] + data[a:],
+            lambda: data[:a] + rng.bytes(3) + data[a + 3 :],
+        ][rng.integers(7)]()
+    return data
+
+
+@pytest.fixture
+def memory_path():
+    """A folder in memory where there is one: a disk takes a millisecond for each file."""
+    where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        yield Path(folder)
+
+
+def test_ten_thousand_damaged_files_give_records_or_a_complaint(memory_path):
+    rng, path, n_read = np.random.default_rng(0), memory_path / "a.jsonl", 0
+    seeds = [lines(PLAIN, record | {"id": "b"}) for record, _ in FORMATS.values()]
+    seeds += [json.dumps([PLAIN, WHOLE | {"id": "b"}], indent=1).encode(), PACKED]
+    seeds.append(gzip.compress(lines(PLAIN) + b"\n" * 10**3))
+    for n in range(10_000):
+        path.write_bytes(mutate(seeds[n % len(seeds)], rng))
+        try:
+            pairs = read_pairs(str(path), skip_bad=bool(n % 2))
+        except CritiqueRMError as error:
+            assert str(error).startswith(str(path)) and len(str(error)) < 500
+            assert str(error).isprintable()
+            continue
+        n_read += 1
+        for p in pairs:
+            texts = [m.content for m in p.prompt] + [p.chosen, p.rejected, p.id, p.subset]
+            "".join([*texts, *p.chosen_critiques, *p.rejected_critiques]).encode()
+            assert p.prompt and math.isfinite(p.margin) and {m.role for m in p.prompt} <= {*rm.ROLES}
+    assert 1000 < n_read < 9000
+
+
+def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path):
+    path = tmp_path / "bomb.gz"
+    with gzip.open(path, "wb") as file:
+        for _ in range(150):
+            file.write(b"x" * 10**6)
+    tracemalloc.start()
+    assert "bomb.gz:1: line longer than 16 MB" in complaint(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
 
 
 def test_a_name_that_is_no_file_is_refused_with_what_to_do(tmp_path, monkeypatch):

@@ -7,10 +7,12 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import critique_rm as rm
@@ -192,6 +194,21 @@ def test_a_locked_folder_is_refused(tmp_path, small, mesh):
             run_here(*small, "--out", folder, "--resume")
 
 
+def test_a_folder_that_is_not_that_of_rank_zero_is_refused(tmp_path, mesh, monkeypatch):
+    with pytest.raises(rm.CritiqueRMError, match="all machines share"):
+        train.lock_folder(tmp_path / "missing")
+    monkeypatch.setattr(rm, "on_rank_zero", lambda function: "written elsewhere")
+    with pytest.raises(rm.CritiqueRMError, match="all machines share"):
+        train.lock_folder(tmp_path)
+
+
+def test_too_little_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=35e9))
+    train.check_disk(tmp_path, 970_000_000)
+    with pytest.raises(rm.CritiqueRMError, match="35.0 GB are free, 36.0 GB are needed"):
+        train.check_disk(tmp_path, 1_000_000_000)
+
+
 def test_resume_names_what_differs():
     old = {"arguments": {"lr": 1e-3, "out": "a"}, "data": {"a.jsonl": "1"}, "template": "t"}
     train.check_same_run(old, {**old, "arguments": {"lr": 1e-3, "out": "b"}})
@@ -228,6 +245,58 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(finished, small
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in whole]
 
 
+@pytest.mark.parametrize("damage", ["byte", "cut", "gone", "no checksums"])
+def test_a_damaged_checkpoint_is_passed_over(model_and_pairs, tmp_path, capsys, damage):
+    _, model, _ = model_and_pairs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    head = model.score.weight
+    with torch.no_grad():
+        for step in (0, 7, 9):
+            head.fill_(step)
+            train.save_checkpoint(tmp_path, step, model, optimizer)
+        head.fill_(-1)
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in folders] == ["step-00000007", "step-00000009"]
+
+    def spoil(folder: Path) -> None:
+        path = next(folder.glob("*.safetensors"))
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        {
+            "byte": lambda: path.write_bytes(data),
+            "cut": lambda: path.write_bytes(data[:-1]),
+            "gone": path.unlink,
+            "no checksums": (folder / "checksums.json").unlink,
+        }[damage]()
+
+    spoil(folders[1])
+    assert train.load_checkpoint(tmp_path, model, optimizer) == 7
+    assert "step-00000009 is damaged" in capsys.readouterr().err
+    assert torch.all(head.full_tensor() == 7)
+    spoil(folders[0])
+    with pytest.raises(rm.CritiqueRMError, match="no checkpoint is whole"):
+        train.load_checkpoint(tmp_path, model, optimizer)
+
+
+def test_replicas_of_shards_train_the_same_model(model_and_pairs, tmp_path):
+    args, model, pairs = model_and_pairs
+    with pytest.raises(rm.CritiqueRMError, match="1 processes are not groups of 2"):
+        rm.start_processes(2)
+    twin, _ = train.prepare_model(
+        train.parse_arguments(["--shard-group", "1"]), tmp_path, [e.pair for e in pairs]
+    )
+    twin.load_state_dict(
+        {name: distribute_tensor(p.full_tensor(), q.device_mesh, q.placements)
+         for (name, q), p in zip(twin.state_dict().items(), model.state_dict().values())}
+    )
+    assert {p.device_mesh.ndim for p in twin.parameters()} == {2}
+    rows = []
+    for trained in (model, twin):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
+        rows.append(train.train_step(trained, optimizer, pairs, 0, args))
+    assert rows[0] == rows[1]
+
+
 def test_two_processes_train_the_same_model(finished, small, tmp_path):
     code, _, err = run_script("train.py", *small, "--out", tmp_path / "run", processes=2)
     assert code == 0, err
@@ -237,6 +306,27 @@ def test_two_processes_train_the_same_model(finished, small, tmp_path):
     one, two = (read_lines(p / "scores-test.jsonl") for p in (finished[0], tmp_path / "run"))
     rewards = [[row["chosen_reward"] for row in rows] for rows in (one, two)]
     np.testing.assert_allclose(rewards[0], rewards[1], atol=1e-3)
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch.distributed as dist\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import critique_rm as rm\n"
+        "rm.start_processes()\n"
+        "store = dist.distributed_c10d._get_default_store()\n"
+        "if dist.get_rank() == 1:\n"
+        "    store.wait(['over'])\n"
+        "    sys.exit()\n"
+        "try:\n"
+        "    rm.meet('the start', minutes=0.01)\n"
+        "except rm.CritiqueRMError as error:\n"
+        "    print(error)\n"
+        "store.set('over', '')\n"
+    )
+    _, out, _ = run_script(script, processes=2)
+    assert out.startswith("rank 1 did not come to the start within 0.01 minutes")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,6 +389,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(model_and_pairs):
     with torch.no_grad():
         head.copy_(saved)
     optimizer.zero_grad()
+
+
+def test_rewards_that_stay_equal_end_the_run(model_and_pairs, tmp_path, monkeypatch):
+    args, model, pairs = model_and_pairs
+    row = {"loss": math.log(2), "accuracy": 0.0, "margin": 0.0, "n_pairs": 8}
+    monkeypatch.setattr(train, "train_step", lambda *_: row)
+    args = train.parse_arguments(["--epochs", "100", "--batch-pairs", "8"])
+    with pytest.raises(rm.CritiqueRMError, match="all rewards were equal for 20 steps"):
+        train.train(model, pairs, {}, tmp_path, args)
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 10 + 20  # a tenth is warm-up
+
+
+def test_out_of_memory_is_one_line_of_advice(monkeypatch, capsys):
+    monkeypatch.setattr(train, "run", lambda args: torch.empty(2**52))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert train.main() == 1
+    assert capsys.readouterr().err.startswith("train.py: out of memory; lower --micro-batch-tokens")
 
 
 def test_activation_checkpointing_does_not_change_the_gradient(model_and_pairs):
