@@ -1094,6 +1094,9 @@ def init_head(model: PreTrainedModel, seed: int) -> None:
         weight.copy_(distribute_tensor(values, weight.device_mesh, weight.placements))
 
 
+FILE_BYTES = 2**32  # in a file of the final weights
+
+
 def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str) -> None:
     """Writes a plain Hugging Face folder, its weights shard by shard. A collective call.
 
@@ -1101,8 +1104,12 @@ def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str
     """
     draft = folder / "draft"
     on_rank_zero(lambda: shutil.rmtree(draft, ignore_errors=True))
-    writer = HuggingFaceStorageWriter(str(draft), save_distributed=True, enable_consolidation=True)
-    dcp.save(model.state_dict(), storage_writer=writer)
+    weights = model.state_dict()
+    files = number_files(weights, FILE_BYTES)
+    writer = HuggingFaceStorageWriter(
+        str(draft), files, save_distributed=True, enable_consolidation=True
+    )
+    dcp.save(weights, storage_writer=writer)
     if dist.get_rank() == 0:
         shutil.rmtree(draft / "sharded")  # what the writer leaves behind
         model.config.save_pretrained(draft)
@@ -1112,6 +1119,17 @@ def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str
             path.replace(folder / path.name)
         draft.rmdir()
     dist.barrier()
+
+
+def number_files(tensors: dict[str, Tensor], n_bytes: int) -> dict[str, int]:
+    """The file, numbered from 1, that each tensor goes to: the writer holds two copies of a file."""
+    numbers, number, used = {}, 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if used and used + size > n_bytes:
+            number, used = number + 1, 0
+        numbers[name], used = number, used + size
+    return numbers
 
 
 def shares_prefixes(config: PreTrainedConfig) -> bool:

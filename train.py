@@ -52,6 +52,7 @@ MAY_CHANGE_ON_RESUME = (
     *("save_every_steps", "eval_every_steps", "shard_group"),
 )
 SAVE_EVERY_SECONDS = 600  # whatever --save-every-steps says
+FILE_BYTES = 2**28  # in a file of a checkpoint, of each rank
 FLAT_STEPS = 20  # with which the loss is called flat
 
 # --------------------------------------------------------------------------------------------------
@@ -342,8 +343,10 @@ def save_checkpoint(
     rm.meet(f"the checkpoint after step {step}")
     draft, final = folder / "checkpoints" / "draft", folder / "checkpoints" / f"step-{step:08d}"
     rm.on_rank_zero(lambda: shutil.rmtree(draft, ignore_errors=True))
-    writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
-    dcp.save(checkpoint_tensors(model, optimizer), storage_writer=writer)
+    tensors = checkpoint_tensors(model, optimizer)
+    files = rm.number_files(tensors, FILE_BYTES * dist.get_world_size())
+    writer = HuggingFaceStorageWriter(str(draft), files, save_distributed=True)
+    dcp.save(tensors, storage_writer=writer)
     sums = checksums(draft)
 
     def publish() -> None:
@@ -371,13 +374,12 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
 
 
 def checksums(folder: Path) -> dict[str, int]:
-    """The CRC-32 of each file of a checkpoint, on disk by then; each rank reads some of them."""
+    """The CRC-32 of each file of a checkpoint; each rank reads some of them."""
     names = rm.on_rank_zero(lambda: sorted(path.name for path in folder.iterdir()))
     names = [name for name in names if name != "checksums.json"]
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
         with open(folder / name, "rb") as file:
-            os.fsync(file)
             mine[name] = 0
             while block := file.read(2**24):
                 mine[name] = zlib.crc32(block, mine[name])

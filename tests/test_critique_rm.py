@@ -844,6 +844,27 @@ def test_a_saved_model_scores_the_same_here_and_in_transformers(tmp_path, mesh, 
         assert [s["score"] for s in scores] == pytest.approx(expected, abs=1e-5)
 
 
+def test_weights_in_several_files_are_read_by_us_and_by_transformers(
+    tmp_path, reward_folder, mesh, monkeypatch
+):
+    model, encoder = rm.load_reward_model(reward_folder)
+    monkeypatch.setattr(rm, "FILE_BYTES", 20_000)
+    folder = tmp_path / "split"
+    folder.mkdir()
+    rm.save_model(model, encoder, folder, "card")
+    files = list(folder.glob("*.safetensors"))
+    assert len(files) > 3 and sum(path.stat().st_size > 20_000 for path in files) == 1  # embedding
+    expected = model.state_dict()
+    for other in (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        rm.load_reward_model(str(folder))[0],
+    ):
+        found = other.state_dict()
+        assert found.keys() == expected.keys()
+        for name, p in found.items():
+            assert torch.equal(getattr(p, "full_tensor", lambda: p)(), expected[name].full_tensor())
+
+
 def test_the_folder_says_how_it_is_read(reward_folder, mesh, capsys):
     def settings(**changes) -> tuple:
         _, encoder = rm.load_reward_model(str(reward_folder), **changes)
