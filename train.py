@@ -37,6 +37,7 @@ import torch.distributed as dist
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -49,7 +50,7 @@ from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore, 
 DATA = Path(__file__).parent / "data"
 MAY_CHANGE_ON_RESUME = (
     *("out", "resume", "overwrite", "micro_batch_tokens", "activation_checkpointing"),
-    *("save_every_steps", "eval_every_steps", "shard_group"),
+    *("save_every_steps", "eval_every_steps", "shard_group", "plan", "nproc", "device_gb"),
 )
 SAVE_EVERY_SECONDS = 600  # whatever --save-every-steps says
 FILE_BYTES = 2**28  # in a file of a checkpoint, of each rank
@@ -90,6 +91,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     loop.add_argument(
         "--activation-checkpointing", action="store_true", help="less memory, a third more time"
     )
+    plan = parser.add_argument_group("plan")
+    plan.add_argument("--plan", action="store_true", help="print the memory of a process, and end")
+    plan.add_argument("--nproc", type=positive_int, default=1, help="processes to plan for")
+    plan.add_argument("--device-gb", type=positive_float, help="of a GPU to plan for (default: this machine)")
     run = parser.add_argument_group("run folder")
     run.add_argument("--out", help="folder to write (default: the next free runs/NNN)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -269,6 +274,21 @@ def train_tokenizer(pairs: list[Pair], use_critiques: bool) -> PreTrainedTokeniz
     )
 
 
+def tiny_config(args: argparse.Namespace) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=args.max_length_tokens,
+        bos_token_id=None,
+        eos_token_id=None,
+        num_labels=1,
+        use_cache=False,
+    )
+
+
 def prepare_model(
     args: argparse.Namespace, folder: Path, pairs: list[Pair]
 ) -> tuple[PreTrainedModel, Encoder]:
@@ -280,18 +300,7 @@ def prepare_model(
         rm.on_rank_zero(
             lambda: train_tokenizer(pairs, not args.no_critiques).save_pretrained(source) and None
         )
-        config = LlamaConfig(
-            vocab_size=4096,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=args.max_length_tokens,
-            bos_token_id=None,
-            eos_token_id=None,
-            num_labels=1,
-            use_cache=False,
-        )
+        config = tiny_config(args)
     else:
         source = rm.find_model(args.model)
         config = rm.load_config(source)
@@ -670,6 +679,76 @@ def summarize(folder: Path, results: dict[str, float]) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
+# Memory, before anything is loaded
+
+
+def plan(args: argparse.Namespace) -> dict[str, float | bool]:
+    """The peak memory of a process, in GB, by what takes it; and whether the device has as much.
+
+    Nothing is loaded: the activations are those that a forward pass on tensors without storage
+    would keep for backward, so they are exact for any model.
+    """
+    rm.start_processes()
+    program = 0.0 if args.device_gb else peak_memory_gb()  # a GPU does not hold the program
+    config = tiny_config(args) if args.model == "tiny" else rm.load_config(args.model)
+    config.dtype = torch.bfloat16 if args.device_gb else torch.float32
+    tokens, n_bytes = args.micro_batch_tokens, config.dtype.itemsize
+    with FakeTensorMode(), torch.device("cpu"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        trunk, head = rm.trunk_and_head(model)
+        head.weight = torch.nn.Parameter(head.weight.float())
+        whole = activation_bytes(model, tokens, args.max_length_tokens)
+        kept = whole
+        if args.activation_checkpointing:
+            model.train().activation_checkpointing_enable()
+            kept = activation_bytes(model, tokens, args.max_length_tokens)
+        blocks = next(m for m in trunk.modules() if isinstance(m, torch.nn.ModuleList))
+    n, block = (sum(p.numel() for p in m.parameters()) for m in (model, blocks[0]))
+    root = n - block * len(blocks)
+    n_shards = args.shard_group or args.nproc
+    parts = {
+        "program": program * 2**30,
+        "parameters": 4 * n / n_shards,
+        "gradients": 4 * n / n_shards,
+        "optimizer": 8 * n / n_shards,
+        # what is gathered to compute with: embedding and norm stay, of the blocks there are two
+        "gathered": 2 * n_bytes * root + (3 * n_bytes + 4) * block,
+        "activations": kept + whole / len(blocks),  # of all blocks, and of one that is gone through
+    }
+    total, device = sum(parts.values()), (args.device_gb or memory_gb()) * 1e9
+    return {f"{name}_gb": round(size / 1e9, 3) for name, size in parts.items()} | {
+        "total_gb": round(total / 1e9, 3),
+        "device_gb": round(device / 1e9, 3),
+        "fits": total < 0.9 * device,  # allocators leave gaps
+    }
+
+
+def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> int:
+    """What a forward pass keeps for backward, without the parameters; works on fake tensors."""
+    shape = (max(1, n_tokens // row_tokens), min(n_tokens, row_tokens))
+    ids = torch.zeros(shape, dtype=torch.int64)
+    last = torch.zeros((2, 2 * shape[0]), dtype=torch.int64)
+    kept = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (storage.nbytes(), tensor)  # kept alive: addresses are used again
+        return tensor
+
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        rm.compute_rewards(model, rm.Batch(ids, ids, ids, last, last[0], n_tokens))
+    return sum(size for address, (size, _) in kept.items() if address not in weights)
+
+
+def memory_gb() -> float:
+    """The memory of a process's device: a GPU's, or its share of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1] / 1e9
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -734,7 +813,7 @@ def clear_folder(folder: Path) -> None:
 def main() -> int:
     args = parse_arguments()
     try:
-        summary = run(args)
+        summary = plan(args) if args.plan else run(args)
     except (CritiqueRMError, OSError, CheckpointException) as error:
         rm.say_error("train.py", error)
         return 1

@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--requests", type=int, nargs="+", default=[2000])
     parser.add_argument("--workers", type=int, default=64)
-    args = parser.parse_arguments()
+    args = parser.parse_args()
     context, urls = multiprocessing.get_context("fork"), multiprocessing.SimpleQueue()
     server = context.Process(target=serve, args=(urls,), daemon=True)
     server.start()

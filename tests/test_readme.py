@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,11 @@ def test_files_named_in_the_readme_exist():
     table = re.findall(r"^\| `([^`]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     names = [name for name in table if re.fullmatch(r"[\w./]+(\.py|/)", name)]
     assert names and all((ROOT / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("name", ["bench_generate", "bench_speed", "kill_generate", "kill_train"])
+def test_measuring_scripts_start(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+    assert ended.value.code == 0 and "usage" in capsys.readouterr().out

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import distribute_tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import LlamaForSequenceClassification, pipeline
 
 import critique_rm as rm
 import train
@@ -406,6 +407,25 @@ def test_out_of_memory_is_one_line_of_advice(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert train.main() == 1
     assert capsys.readouterr().err.startswith("train.py: out of memory; lower --micro-batch-tokens")
+
+
+def test_a_plan_counts_what_a_real_model_keeps():
+    size = ["--micro-batch-tokens", "96", "--max-length-tokens", "48"]
+    args = train.parse_arguments([*size, "--nproc", "4"])
+    found = train.plan(args)
+    model = LlamaForSequenceClassification(train.tiny_config(args))
+    n = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    kept = train.activation_bytes(model, 96, 48)
+    assert found["parameters_gb"] == round(n / 1e9, 3) and found["optimizer_gb"] == round(2 * n / 1e9, 3)
+    assert found["gathered_gb"] == round((8 * (n - 2 * block) + 16 * block) / 1e9, 3)
+    assert found["activations_gb"] == round(1.5 * kept / 1e9, 3) > 0
+    # by hand, the feed-forward part of a layer: six tensors of 384 for each token
+    assert kept > 2 * 96 * 6 * 384 * 4
+    assert train.activation_bytes(model, 192, 48) == pytest.approx(2 * kept, rel=0.01)
+    checked = train.plan(train.parse_arguments([*size, "--activation-checkpointing"]))
+    assert checked["activations_gb"] < found["activations_gb"] and found["fits"]
+    assert not train.plan(train.parse_arguments([*size, "--device-gb", "0.01"]))["fits"]
 
 
 def test_activation_checkpointing_does_not_change_the_gradient(model_and_pairs):
