@@ -2,14 +2,19 @@
 
     python evaluate.py RUN --data pairs.jsonl           # a Markdown table on stdout
     torchrun --nproc-per-node 8 evaluate.py RUN --data pairs.jsonl
+    python evaluate.py RUN --data pairs.jsonl --probe shuffled --probe swapped
+    python evaluate.py --compare A.scores.jsonl B.scores.jsonl
     python evaluate.py RUN --score answers.jsonl        # one reward a line, for best-of-n
 
 RUN is a folder of train.py, or any Hugging Face sequence-classification model made of a decoder and
 a `score` head with one label. Pairs are read by `read_pairs` (critique_rm.py); answers are single
-records {prompt, response, critique?, id?}. --scores keeps one line a pair, --json the table.
+records {prompt, response, critique?, id?}. --scores keeps one line a pair, --json the tables. A probe
+scores the same pairs with their critiques changed, to see whether the model reads them; --compare
+says whether one model beats another on the pairs that both have scored.
 
 Accuracy counts a tie as wrong, as RewardBench does (Lambert et al., arXiv 2403.13787). Intervals are
-percentiles of a bootstrap over prompts, since pairs over one prompt are not independent.
+percentiles of a bootstrap over prompts, since pairs over one prompt are not independent; p values
+are those of flipping the sign of the difference of each prompt at random.
 """
 
 import argparse
@@ -17,16 +22,28 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
 import critique_rm as rm
-from critique_rm import CritiqueRMError, PairScore, say
+from critique_rm import CritiqueRMError, Pair, PairScore, say
 
 N_RESAMPLES = 2000
+N_FLIPS = 9999
+PROBES = {  # what becomes of the critiques, and what stays in the input
+    "shuffled": "exchanged at random within a subset; prompt, response and separator stay",
+    "swapped": "exchanged between chosen and rejected; prompt, response and separator stay",
+    "empty": "removed; prompt, response and separator stay",
+    "critique-only": "alone: the response is removed; prompt and separator stay",
+    "response-only": "removed with the separator; prompt and response stay",
+}
+READS_CRITIQUES = (
+    "A model that reads critiques loses accuracy when they are shuffled and more when they are "
+    "swapped; one that reads nothing else keeps it without the response."
+)
 # Pairs behind each accuracy in a section, as RewardBench weighs them; math-prm has 447 real pairs.
 REWARDBENCH = {
     "Chat": {
@@ -72,10 +89,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="folder or Hub name of a reward model")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="folder or Hub name of a reward model")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help="preference pairs to test on")
     what.add_argument("--score", metavar="ANSWERS", help="single answers to score")
+    what.add_argument(
+        "--compare", nargs=2, metavar="SCORES", help="two files of --scores, or of two runs"
+    )
+    parser.add_argument(
+        "--probe", choices=PROBES, action="append", default=[], help="change the critiques; repeatable"
+    )
     parser.add_argument("--no-critiques", action="store_true", help="leave critiques out of the input")
     parser.add_argument("--skip-bad", action="store_true", help="count bad records, do not refuse")
     parser.add_argument("--max-length-tokens", type=int, help="of a sequence (default: the model's)")
@@ -87,9 +110,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the table there too")
     parser.add_argument("--scores", metavar="FILE", help="write one line a pair there")
     args = parser.parse_args(argv)
-    if args.score and (args.json or args.scores or args.judge):
-        parser.error("--json, --scores and --judge go with --data")
-    for path in args.judge:
+    if not args.data and (args.scores or args.judge or args.probe) or args.score and args.json:
+        parser.error("--scores, --judge and --probe go with --data, --json not with --score")
+    if bool(args.run) == bool(args.compare):
+        parser.error("RUN goes with --data or --score, and not with --compare")
+    for path in args.judge + (args.compare or []):
         if not Path(path).is_file():
             parser.error(f"{path}: no such file")
     for path in filter(None, (args.json, args.scores)):  # known before hours of scoring
@@ -147,7 +172,7 @@ class Opinions:
 
 
 def bootstrap_interval(correct: np.ndarray, prompt_ids: list[str], seed: int) -> tuple[float, float]:
-    """The 95 % percentile interval of an accuracy, whole prompts resampled with replacement."""
+    """The 95 % percentile interval of the mean of (B,) values, whole prompts drawn with replacement."""
     _, cluster = np.unique(prompt_ids, return_inverse=True)
     n_correct, n_pairs = np.bincount(cluster, correct), np.bincount(cluster)
     n = len(n_pairs)
@@ -156,8 +181,130 @@ def bootstrap_interval(correct: np.ndarray, prompt_ids: list[str], seed: int) ->
     return float(low), float(high)
 
 
-def collect_opinions(scores: list[PairScore], judges: Sequence[str]) -> list[Opinions]:
-    """The reward model, those that look at length alone, and the judges of the given files."""
+def sign_flip_p(differences: np.ndarray, prompt_ids: list[str], seed: int) -> float:
+    """How often prompts with signs at random differ as much in sum: the two-sided p of no difference.
+
+    A Monte Carlo permutation test; with its own draw counted, p is never 0 (Phipson & Smyth 2010).
+    """
+    _, cluster = np.unique(prompt_ids, return_inverse=True)
+    sums = np.bincount(cluster, differences)
+    sums = sums[sums != 0]
+    signs = np.random.default_rng(seed).choice([-1, 1], (N_FLIPS, len(sums)))
+    as_far = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9
+    return float((1 + as_far.sum()) / (1 + N_FLIPS))
+
+
+def adjust_holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction (1979): the smallest p times n, the next times n - 1, never decreasing."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, k in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
+        highest = max(highest, min(1.0, p_values[k] * (len(p_values) - rank)))
+        adjusted[k] = highest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One line of a comparison: accuracy of A minus accuracy of B on the pairs of a subset."""
+
+    subset: str
+    pairs: int
+    accuracy_a: float
+    accuracy_b: float
+    difference: float
+    low: float  # ends of the 95 % interval
+    high: float
+    p: float  # of subsets: after Holm's correction
+    only_a: int  # McNemar's counts: pairs that only A, or only B, has right
+    only_b: int
+
+
+def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Difference]:
+    """The difference on the pairs that both scored, overall and by subset.
+
+    Raises CritiqueRMError if there are none, or if pairs of one id are of different prompts.
+    """
+    others = {score.id: score for score in b}
+    common = [(score, others[score.id]) for score in a if score.id in others]
+    say(f"{len(common)} pairs in both; {len(a) - len(common)} only in A, {len(b) - len(common)} in B")
+    if not common or any(one.prompt_id != other.prompt_id for one, other in common):
+        raise CritiqueRMError("the two files do not hold scores of the same pairs; score one file twice")
+    subsets = np.array([one.subset for one, _ in common])
+    prompts = np.array([one.prompt_id for one, _ in common])
+    right = np.array([[s.chosen_reward > s.rejected_reward for s in two] for two in common], float)
+
+    def measure(name: str, here: np.ndarray) -> Difference:
+        of_a, of_b = right[here].T
+        low, high = bootstrap_interval(of_a - of_b, prompts[here], seed)
+        p = sign_flip_p(of_a - of_b, prompts[here], seed)
+        means = float(of_a.mean()), float(of_b.mean())
+        only = int((of_a > of_b).sum()), int((of_b > of_a).sum())
+        return Difference(name, len(of_a), *means, means[0] - means[1], low, high, p, *only)
+
+    names = sorted(set(subsets)) if len(set(subsets)) > 1 else []
+    rows = [measure(name or "(none)", subsets == name) for name in names]
+    adjusted = adjust_holm([row.p for row in rows])
+    rows = [replace(row, p=p) for row, p in zip(rows, adjusted)]
+    return [measure("all", np.full(len(common), True)), *rows]
+
+
+def measure_robustness(scores: list[PairScore]) -> dict[str, float]:
+    """What accuracy alone does not say: length, calibration, and the level of the rewards."""
+    margin = np.array([s.chosen_reward - s.rejected_reward for s in scores])
+    longer = np.array([s.chosen_words - s.rejected_words for s in scores])
+    figures = {}
+    for name, here in (("longer", longer > 0), ("shorter", longer < 0)):
+        if here.any():
+            figures[f"accuracy where chosen is {name} ({here.sum()} pairs)"] = (margin[here] > 0).mean()
+    if margin.std() and longer.std():
+        figures["correlation of margin and length difference"] = np.corrcoef(margin, longer)[0, 1]
+    figures["log loss"] = np.logaddexp(0, -margin).mean()
+    figures["expected calibration error"] = calibration_error(margin)
+    for subset in sorted({s.subset for s in scores}):
+        rewards = [(s.chosen_reward + s.rejected_reward) / 2 for s in scores if s.subset == subset]
+        figures["mean reward" + (f", {subset}" if subset else "")] = np.mean(rewards)
+    return {name: float(value) for name, value in figures.items()}
+
+
+def calibration_error(margin: np.ndarray, n_bins: int = 10) -> float:
+    """Of σ(|margin|), the confidence in the response preferred (Guo et al., arXiv 1706.04599).
+
+    The mean distance of confidence and accuracy in bins of equal width from 0.5 to 1.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    bins = np.minimum((2 * confidence - 1) * n_bins, n_bins - 1).astype(int)
+    gaps = np.bincount(bins, (margin > 0) - confidence, n_bins)
+    return float(np.abs(gaps).sum() / len(margin))
+
+
+def apply_probe(pairs: list[Pair], probe: str, seed: int) -> list[Pair]:
+    """The pairs with their critiques changed as PROBES says."""
+    if probe == "swapped":
+        both = [(pair.rejected_critiques, pair.chosen_critiques) for pair in pairs]
+    elif probe == "empty":
+        both = [(("",), ("",))] * len(pairs)
+    elif probe == "critique-only":
+        return [replace(pair, chosen="", rejected="") for pair in pairs]
+    elif probe == "response-only":
+        return pairs
+    else:
+        both = [(pair.chosen_critiques, pair.rejected_critiques) for pair in pairs]
+        rng = np.random.default_rng(seed)
+        for subset in sorted({pair.subset for pair in pairs}):
+            places = [(n, side) for n, p in enumerate(pairs) if p.subset == subset for side in (0, 1)]
+            moved = [both[n][side] for n, side in (places[k] for k in rng.permutation(len(places)))]
+            for (n, _), *two in zip(places[::2], moved[::2], moved[1::2]):
+                both[n] = tuple(two)
+    return [
+        replace(pair, chosen_critiques=chosen, rejected_critiques=rejected)
+        for pair, (chosen, rejected) in zip(pairs, both)
+    ]
+
+
+def collect_opinions(
+    scores: list[PairScore], judges: Sequence[str], probed: dict[str, list[PairScore]]
+) -> list[Opinions]:
+    """The reward model, also under probes, those that look at length alone, and the judges."""
 
     def by_margin(scorer: str, those: list[PairScore], margins: list[float]) -> Opinions:
         values = np.array(margins)
@@ -165,7 +312,10 @@ def collect_opinions(scores: list[PairScore], judges: Sequence[str]) -> list[Opi
 
     reviewed = [s for s in scores if s.chosen_critique_words and s.rejected_critique_words]
     opinions = [
-        by_margin("reward model", scores, [s.chosen_reward - s.rejected_reward for s in scores]),
+        *(
+            by_margin(name, those, [s.chosen_reward - s.rejected_reward for s in those])
+            for name, those in {"reward model": scores, **probed}.items()
+        ),
         by_margin("longer response wins", scores, [s.chosen_words - s.rejected_words for s in scores]),
         by_margin(
             "longer critique wins",
@@ -203,12 +353,16 @@ def read_verdicts(path: str, scores: list[PairScore]) -> list[Opinions]:
 
 
 def tabulate(
-    scores: list[PairScore], n_pairs: int | None = None, judges: Sequence[str] = (), seed: int = 0
+    scores: list[PairScore],
+    n_pairs: int | None = None,
+    judges: Sequence[str] = (),
+    seed: int = 0,
+    probed: dict[str, list[PairScore]] = {},
 ) -> list[Row]:
     """All rows of the table: for each scorer overall, by subset, and by RewardBench section."""
     rows = []
     n_by_subset = Counter(score.subset for score in scores)
-    for opinions in collect_opinions(scores, judges):
+    for opinions in collect_opinions(scores, judges, probed):
         rows.append(opinions.measure("all", n_pairs or len(scores), seed))
         by_subset = [
             those.measure(subset or "(none)", n, seed)
@@ -233,50 +387,107 @@ def rewardbench_rows(scorer: str, accuracy: dict[str, float]) -> list[Row]:
     return rows
 
 
-def to_markdown(rows: list[Row]) -> str:
-    """The table, without columns that no row fills."""
-    columns = {
-        "scored by": lambda row: row.scorer,
-        "subset": lambda row: row.subset.replace("|", "\\|"),
-        "pairs": lambda row: row.pairs and str(row.pairs),
-        "accuracy": lambda row: f"{row.accuracy:.4f}",
-        "95 % interval": lambda row: row.high is not None and f"{row.low:.3f}–{row.high:.3f}",
-        "ties": lambda row: row.ties is not None and f"{row.ties:.3f}",
-        "inconsistent": lambda row: row.inconsistent is not None and f"{row.inconsistent:.3f}",
-        "coverage": lambda row: row.coverage not in (None, 1) and f"{row.coverage:.3f}",
-    }
+def to_markdown(rows: Sequence[Row | Difference]) -> str:
+    """A table of what the rows hold, without columns that no row fills."""
+    if isinstance(rows[0], Row):
+        columns = {
+            "scored by": lambda row: row.scorer,
+            "subset": lambda row: row.subset,
+            "pairs": lambda row: row.pairs and str(row.pairs),
+            "accuracy": lambda row: f"{row.accuracy:.4f}",
+            "95 % interval": lambda row: row.high is not None and f"{row.low:.3f}–{row.high:.3f}",
+            "ties": lambda row: row.ties is not None and f"{row.ties:.3f}",
+            "inconsistent": lambda row: row.inconsistent is not None and f"{row.inconsistent:.3f}",
+            "coverage": lambda row: row.coverage not in (None, 1) and f"{row.coverage:.3f}",
+        }
+    else:
+        columns = {
+            "subset": lambda row: row.subset,
+            "pairs": lambda row: str(row.pairs),
+            "A": lambda row: f"{row.accuracy_a:.4f}",
+            "B": lambda row: f"{row.accuracy_b:.4f}",
+            "A − B": lambda row: f"{row.difference:+.4f}",
+            "95 % interval": lambda row: f"{row.low:+.3f} to {row.high:+.3f}",
+            "p": lambda row: f"{row.p:.4f}",
+            "only A right": lambda row: str(row.only_a),
+            "only B right": lambda row: str(row.only_b),
+        }
     cells = {title: [show(row) or "" for row in rows] for title, show in columns.items()}
-    cells = {title: column for title, column in cells.items() if any(column)}
-    lines = [list(cells), ["---"] * len(cells), *zip(*cells.values())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return layout({title: column for title, column in cells.items() if any(column)})
+
+
+def layout(columns: dict[str, list[str]]) -> str:
+    """Columns of text as a Markdown table, whatever the text."""
+    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values())]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 
 
 def evaluate_pairs(args: argparse.Namespace) -> int:
-    """Scores the pairs of --data and prints the table."""
+    """Scores the pairs of --data, also under probes, and prints the tables."""
     pairs = rm.read_pairs(args.data, args.skip_bad)
     model, encoder = load(args)
+    if args.probe and not encoder.use_critiques:
+        raise CritiqueRMError(f"{args.run}: reads no critiques; --probe needs a model that does")
     encoded = encoder.encode_pairs(pairs, args.data)
     scores = rm.score_pairs(model, encoded, args.micro_batch_tokens)
+    description = {
+        "run": args.run,
+        "data": args.data,
+        "data_digest": rm.digest([asdict(pair) for pair in pairs]),
+        "critiques": encoder.use_critiques,
+        "seed": args.seed,
+    }
+    probed = {}
+    for probe in dict.fromkeys(args.probe):
+        encoder.use_critiques = probe != "response-only"
+        changed = apply_probe([e.pair for e in encoded], probe, args.seed)
+        changed = encoder.encode_pairs(changed, f"{args.data}, {probe}")
+        probed[f"critiques {probe}"] = rm.score_pairs(model, changed, args.micro_batch_tokens)
     if dist.get_rank() != 0:
         return 0
     if args.scores:
         rm.write_scores(Path(args.scores), scores)
-    rows = tabulate(scores, len(pairs), args.judge, args.seed)
-    print(to_markdown(rows))
+    rows = tabulate(scores, len(pairs), args.judge, args.seed, probed)
+    robustness = measure_robustness(scores)
+    print(to_markdown(rows) + "\n")
+    for probe in dict.fromkeys(args.probe):
+        print(f"- critiques {probe}: {PROBES[probe]}")
+    if args.probe:
+        print(f"\n{READS_CRITIQUES}\n")
+    values = [f"{value:.4f}" for value in robustness.values()]
+    print(layout({"reward model": list(robustness), "value": values}))
     if args.json:
-        table = {
-            "run": args.run,
-            "data": args.data,
-            "data_digest": rm.digest([asdict(pair) for pair in pairs]),
-            "critiques": encoder.use_critiques,
-            "seed": args.seed,
-            "rows": [asdict(row) for row in rows],
-        }
+        table = description | {"rows": [asdict(row) for row in rows], "robustness": robustness}
         rm.replace_file(Path(args.json), json.dumps(table, indent=2) + "\n")
     return 0
+
+
+def compare_scores(args: argparse.Namespace) -> int:
+    """Compares the two files of --compare and prints the table."""
+    rows = compare(*(read_scores(path) for path in args.compare), args.seed)
+    print(to_markdown(rows))
+    if args.json:
+        table = {"a": args.compare[0], "b": args.compare[1], "rows": [asdict(row) for row in rows]}
+        rm.replace_file(Path(args.json), json.dumps(table, indent=2) + "\n")
+    return 0
+
+
+def read_scores(path: str) -> list[PairScore]:
+    """Reads what --scores and train.py write."""
+    scores = []
+    for where, row in rm.read_rows(path):
+        try:
+            scores.append(PairScore(**row))
+        except TypeError:
+            raise CritiqueRMError(f"{where}: not a line of --scores") from None
+    if not scores:
+        raise CritiqueRMError(f"{path}: no score in it")
+    return scores
 
 
 def score_single(args: argparse.Namespace) -> int:
@@ -307,6 +518,8 @@ def load(args: argparse.Namespace):
 def main() -> int:
     args = parse_arguments()
     try:
+        if args.compare:
+            return compare_scores(args)
         code = evaluate_pairs(args) if args.data else score_single(args)
     except (CritiqueRMError, OSError) as error:
         rm.say_error("evaluate.py", error)

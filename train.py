@@ -77,7 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     loop = parser.add_argument_group("training")
     loop.add_argument("--epochs", type=positive_int, help="(default: 3 for tiny, else 1)")
     loop.add_argument("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
-    loop.add_argument("--lr", type=positive_float, help="peak learning rate (default: 1e-3 for tiny, else 1e-5)")
+    loop.add_argument("--lr", type=positive_float, help="at its peak (default: 1e-3 for tiny, else 1e-5)")
     loop.add_argument("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
     loop.add_argument(
         "--average-critiques",
@@ -91,17 +91,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     loop.add_argument(
         "--activation-checkpointing", action="store_true", help="less memory, a third more time"
     )
-    plan = parser.add_argument_group("plan")
-    plan.add_argument("--plan", action="store_true", help="print the memory of a process, and end")
-    plan.add_argument("--nproc", type=positive_int, default=1, help="processes to plan for")
-    plan.add_argument("--device-gb", type=positive_float, help="of a GPU to plan for (default: this machine)")
+    loop.add_argument(
+        "--shard-group", type=positive_int, help="processes that share one replica (default: all)"
+    )
     run = parser.add_argument_group("run folder")
     run.add_argument("--out", help="folder to write (default: the next free runs/NNN)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
     run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     run.add_argument("--eval-every-steps", type=positive_int, help="test this often on the way")
     run.add_argument("--save-every-steps", type=positive_int, default=500, help="for --resume")
-    run.add_argument("--shard-group", type=positive_int, metavar="N", help="shard over groups of N processes and replicate across (default: shard over all)")
+    plan = parser.add_argument_group("plan")
+    plan.add_argument("--plan", action="store_true", help="print the memory of a process, and end")
+    plan.add_argument("--nproc", type=positive_int, default=1, help="processes to plan for")
+    plan.add_argument("--device-gb", type=positive_float, help="of a GPU (default: this machine's)")
     args = parser.parse_args(argv)
     if args.resume and (args.overwrite or not args.out):
         parser.error("--resume needs --out, and does not go with --overwrite")
@@ -754,7 +756,8 @@ def memory_gb() -> float:
 def run(args: argparse.Namespace) -> dict:
     """All steps from pairs to summary; returns the summary."""
     rm.start_processes()
-    pairs = {name: rm.read_pairs(name, args.skip_bad) for name in dict.fromkeys([args.train, *args.test])}
+    names = dict.fromkeys([args.train, *args.test])
+    pairs = {name: rm.read_pairs(name, args.skip_bad) for name in names}
     folder = Path(rm.on_rank_zero(lambda: str(claim_folder(args))))
     lock = lock_folder(folder)
     path = folder / "run.json"

@@ -1,6 +1,7 @@
 """evaluate.py: the statistics against values by hand, the command as its users run it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 import evaluate
 from conftest import run_script
-from critique_rm import CritiqueRMError, PairScore
+from critique_rm import CritiqueRMError, Pair, PairScore
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,6 +94,102 @@ def test_subsets_have_rows_and_names_cannot_break_the_table():
     assert row(rows, "reward model", "a|b").accuracy == 1.0
     assert row(rows, "reward model", "c").accuracy == 0.0
     assert "| reward model | a\\|b | 1 | 1.0000 |" in evaluate.to_markdown(rows)
+
+
+def test_a_sign_flip_by_hand():
+    """Of the 16 signs of four prompts that differ by 1 in one direction, two are as far from zero."""
+    prompts = [str(n) for n in range(6)]
+    p = evaluate.sign_flip_p(np.array([1, 1, 1, 1, 0, 0.0]), prompts, seed=0)
+    assert p == pytest.approx(2 / 16, abs=0.01)
+    # two pairs a prompt: the sums are 2, 2 and 0, and two of four signs are as far
+    p = evaluate.sign_flip_p(np.array([1, 1, 1, 1, 1, -1.0]), ["a", "a", "b", "b", "c", "c"], seed=0)
+    assert p == pytest.approx(2 / 4, abs=0.02)
+    assert evaluate.sign_flip_p(np.zeros(3), prompts[:3], seed=0) == 1
+
+
+def test_a_sign_flip_finds_what_is_not_there_one_time_in_twenty():
+    rng = np.random.default_rng(0)
+    found = [
+        evaluate.sign_flip_p(rng.choice([-1.0, 0, 1], 60), [str(n // 2) for n in range(60)], seed=n)
+        for n in range(300)
+    ]
+    assert 0.02 < np.mean(np.array(found) < 0.05) < 0.09
+
+
+def test_holm_by_hand():
+    assert evaluate.adjust_holm([0.04, 0.01, 0.03, 0.9]) == pytest.approx([0.09, 0.04, 0.09, 0.9])
+    assert evaluate.adjust_holm([0.6, 0.5]) == [1.0, 1.0] and evaluate.adjust_holm([]) == []
+
+
+def test_a_comparison_by_hand(capsys):
+    a = [score(n, margin, "xy"[n % 2]) for n, margin in enumerate([1, 1, 1, -1, 1, 0])]
+    b = [score(n, margin, "xy"[n % 2]) for n, margin in enumerate([1, -1, -1, 1, 1])]
+    overall, x, y = evaluate.compare(a, [*b, score(9, 1.0)])
+    assert "5 pairs in both; 1 only in A, 1 in B" in capsys.readouterr().err
+    assert (overall.pairs, overall.accuracy_a, overall.accuracy_b) == (5, 0.8, 0.6)
+    assert (overall.difference, overall.only_a, overall.only_b) == (pytest.approx(0.2), 2, 1)
+    assert overall.low < 0 < overall.high and overall.p == pytest.approx(1.0, abs=0.01)
+    assert (x.subset, x.pairs, x.difference) == ("x", 3, pytest.approx(1 / 3))
+    assert (y.subset, y.pairs, y.difference) == ("y", 2, 0.0)
+    table = evaluate.to_markdown([overall, x, y])
+    assert "| all | 5 | 0.8000 | 0.6000 | +0.2000 |" in table
+    with pytest.raises(CritiqueRMError, match="not hold scores of the same pairs"):
+        evaluate.compare(a, [score(0, 1.0, "x", prompt="another")])
+
+
+def test_robustness_by_hand():
+    scores = [score(0, 2.0, words=(3, 1)), score(1, -1.0, words=(1, 2)), score(2, 1.0, words=(1, 3))]
+    figures = evaluate.measure_robustness(scores)
+    assert figures["accuracy where chosen is longer (1 pairs)"] == 1
+    assert figures["accuracy where chosen is shorter (2 pairs)"] == 0.5
+    losses = [np.log(1 + np.exp(-m)) for m in (2, -1, 1)]
+    assert figures["log loss"] == pytest.approx(np.mean(losses))
+    expected = np.corrcoef([2, -1, 1], [2, -1, -2])[0, 1]
+    assert figures["correlation of margin and length difference"] == pytest.approx(expected)
+    # confidences 0.88 (right), 0.73 (wrong), 0.73 (right): the last two fall into one bin
+    one, two = 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(-1))
+    expected = (abs(1 - one) + abs(1 - 2 * two)) / 3
+    assert figures["expected calibration error"] == pytest.approx(expected)
+    assert figures["mean reward"] == pytest.approx(2 / 3 / 2)
+
+
+def test_probes_move_critiques_and_nothing_else():
+    pairs = [
+        Pair(str(n), (), f"c{n}", f"r{n}", (f"+{n}",), (f"-{n}",), subset="ab"[n > 4])
+        for n in range(10)
+    ]
+    swapped = evaluate.apply_probe(pairs, "swapped", 0)
+    assert swapped[3] == replace(pairs[3], chosen_critiques=("-3",), rejected_critiques=("+3",))
+    empty = evaluate.apply_probe(pairs, "empty", 0)
+    assert empty[3] == replace(pairs[3], chosen_critiques=("",), rejected_critiques=("",))
+    alone = evaluate.apply_probe(pairs, "critique-only", 0)
+    assert alone[3] == replace(pairs[3], chosen="", rejected="")
+    shuffled = evaluate.apply_probe(pairs, "shuffled", 0)
+    assert shuffled == evaluate.apply_probe(pairs, "shuffled", 0) != pairs
+    for subset in "ab":
+        before, after = (
+            [c for p in those if p.subset == subset for c in p.chosen_critiques + p.rejected_critiques]
+            for those in (pairs, shuffled)
+        )
+        assert sorted(before) == sorted(after)
+    assert [(p.chosen, p.rejected) for p in shuffled] == [(p.chosen, p.rejected) for p in pairs]
+
+
+def test_probes_of_a_run_stand_beside_its_accuracy(finished, test_file, mesh, capsys, tmp_path):
+    folder, out, _ = finished
+    probes = ["swapped", "response-only"]
+    options = [word for probe in probes for word in ("--probe", probe)]
+    scores = tmp_path / "a.jsonl"
+    options += ["--data", str(test_file), "--scores", str(scores)]
+    assert evaluate.evaluate_pairs(evaluate.parse_arguments([str(folder), *options])) == 0
+    table = capsys.readouterr().out
+    accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
+    assert f"| reward model | all | 12 | {accuracy:.4f} |" in table
+    assert "| critiques swapped | all | 12 |" in table
+    assert "- critiques response-only: removed with the separator" in table
+    two = ["--compare", str(scores), str(folder / "scores-test.jsonl")]
+    assert evaluate.compare_scores(evaluate.parse_arguments(two)) == 0
+    assert f"| all | 12 | {accuracy:.4f} | {accuracy:.4f} | +0.0000 |" in capsys.readouterr().out
 
 
 def test_evaluating_a_run_repeats_its_test(finished, test_file, tmp_path):

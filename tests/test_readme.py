@@ -17,7 +17,7 @@ def commands() -> list[list[str]]:
     for name in SCRIPTS:
         text += "\n" + (ROOT / f"{name}.py").read_text().split('"""')[1]
     lines = re.split(r"\n|&&", text)
-    found = [shlex.split(line, comments=True) for line in lines if re.match(r" *(python|torchrun) ", line)]
+    found = [shlex.split(line, comments=True) for line in lines if re.match(r" *(python|torchrun|srun) ", line)]
     return [words[next(n for n, w in enumerate(words) if w.endswith(".py")) :] for words in found]
 
 
