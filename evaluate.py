@@ -114,7 +114,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--scores, --judge and --probe go with --data, --json not with --score")
     if bool(args.run) == bool(args.compare):
         parser.error("RUN goes with --data or --score, and not with --compare")
-    for path in args.judge + (args.compare or []):
+    for path in args.judge:
         if not Path(path).is_file():
             parser.error(f"{path}: no such file")
     for path in filter(None, (args.json, args.scores)):  # known before hours of scoring

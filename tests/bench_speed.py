@@ -1,14 +1,14 @@
 """Speed and memory of training and scoring beside TRL and transformers, on the machine at hand.
 
-    python tests/bench_speed.py --model DIR --pairs PAIRS --plain-pairs PAIRS --test PAIRS [--trl PYTHON]
-    python tests/bench_speed.py            # the tiny model on the embedded data: does it all run?
+    python tests/bench_speed.py --model DIR --pairs A --plain-pairs B --test C [--trl PYTHON]
+    python tests/bench_speed.py            # the tiny model on some embedded pairs: does it all run?
 
-PAIRS and --test have critiques, the others are read without. PYTHON is the interpreter of an
+A and C have critiques, B is read without. PYTHON is the interpreter of an
 environment with trl, datasets and accelerate. Prints a Markdown table.
 
 Machines are noisy, so what is compared alternates: a file is split in two by prompts, all sides work
-on the first part, then all on the second, each in a process of its own. Seconds are those of the
-loop: without loading, tokenizing for training, and saving.
+on the first part, then all on the second (the tiny model: on the first alone), each in a process of
+its own. Seconds are those of the loop: without loading, tokenizing for training, and saving.
 """
 
 import argparse
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--test", default=ROOT / "data/test.jsonl", help="to score")
     parser.add_argument("--trl", metavar="PYTHON", help="left out: without TRL")
     args = parser.parse_args()
+    args.n_parts = 1 if args.model == "tiny" else 2
     with tempfile.TemporaryDirectory() as folder:
         print("| what | ours | beside | ratio |\n|---|---|---|---|", flush=True)
         compare_training(args, Path(folder))
@@ -54,7 +55,7 @@ def compare_training(args: argparse.Namespace, folder: Path) -> None:
             sides["trl"] = lambda part: call(args.trl, "train_with_trl", args.model, part)
         if not flags:
             sides["two"] = lambda part: train_here(part, 2)
-        found = alternate(sides, split(file, folder, name.partition(" ")[0]))
+        found = alternate(sides, split(file, folder, name.partition(" ")[0])[: args.n_parts])
         ours, trl, two = (found.get(side) for side in ("ours", "trl", "two"))
         report(f"padding, {name}", f"{1 - ours['tokens'] / ours['computed']:.1%}")
         report(f"useful arithmetic / matrix products, {name}",
@@ -75,7 +76,7 @@ def compare_scoring(args: argparse.Namespace, folder: Path) -> None:
         "ours": lambda part: call(sys.executable, "score", run, part, "shared"),
         "pipeline": lambda part: call(sys.executable, "score_with_pipeline", run, part),
     }
-    found = alternate(sides, split(args.test, folder, "test"))
+    found = alternate(sides, split(args.test, folder, "test")[: args.n_parts])
     ours, pipeline = found.values()
     report_rates(f"scoring: pairs/s against the pipeline, batch {PIPELINE_BATCH}", ours, pipeline)
     difference = abs(ours["rewards"] - pipeline["rewards"]) / (2 * ours["pairs"])
@@ -84,7 +85,7 @@ def compare_scoring(args: argparse.Namespace, folder: Path) -> None:
         "shared": lambda part: call(sys.executable, "score", run, part, "shared"),
         "alone": lambda part: call(sys.executable, "score", run, part, "alone"),
     }
-    found = alternate(sides, split(args.pairs, folder, "many", N_CRITIQUES))
+    found = alternate(sides, split(args.pairs, folder, "many", N_CRITIQUES)[: args.n_parts])
     report_rates(f"scoring {N_CRITIQUES} critiques: pairs/s against each alone", *found.values())
 
 
