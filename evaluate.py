@@ -33,12 +33,12 @@ from critique_rm import CritiqueRMError, Pair, PairScore, say
 
 N_RESAMPLES = 2000
 N_FLIPS = 9999
-PROBES = {  # what becomes of the critiques, and what stays in the input
-    "shuffled": "exchanged at random within a subset; prompt, response and separator stay",
-    "swapped": "exchanged between chosen and rejected; prompt, response and separator stay",
-    "empty": "removed; prompt, response and separator stay",
-    "critique-only": "alone: the response is removed; prompt and separator stay",
-    "response-only": "removed with the separator; prompt and response stay",
+PROBES = {  # what changes, and what stays in the input
+    "shuffled": "critiques exchanged at random within a subset; prompt, response, separator stay",
+    "swapped": "critiques of chosen and rejected exchanged; prompt, response, separator stay",
+    "empty": "critiques removed; prompt, response and separator stay",
+    "critique-only": "responses removed; prompt, separator and critique stay",
+    "response-only": "critiques and separator removed; prompt and response stay",
 }
 READS_CRITIQUES = (
     "A model that reads critiques loses accuracy when they are shuffled and more when they are "
@@ -109,15 +109,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--json", metavar="FILE", help="write the table there too")
     parser.add_argument("--scores", metavar="FILE", help="write one line a pair there")
+    parser.add_argument("--html", metavar="FILE", help="write a page to look at the pairs there")
     args = parser.parse_args(argv)
-    if not args.data and (args.scores or args.judge or args.probe) or args.score and args.json:
-        parser.error("--scores, --judge and --probe go with --data, --json not with --score")
+    with_data = args.scores or args.judge or args.probe or args.html
+    if not args.data and with_data or args.score and args.json:
+        parser.error("--scores, --judge, --probe, --html go with --data, --json not with --score")
     if bool(args.run) == bool(args.compare):
         parser.error("RUN goes with --data or --score, and not with --compare")
     for path in args.judge:
         if not Path(path).is_file():
             parser.error(f"{path}: no such file")
-    for path in filter(None, (args.json, args.scores)):  # known before hours of scoring
+    for path in filter(None, (args.json, args.scores, args.html)):  # known before hours of scoring
         if not Path(path).absolute().parent.is_dir():
             parser.error(f"{path}: there is no such folder")
     return args
@@ -359,7 +361,10 @@ def tabulate(
     seed: int = 0,
     probed: dict[str, list[PairScore]] = {},
 ) -> list[Row]:
-    """All rows of the table: for each scorer overall, by subset, and by RewardBench section."""
+    """All rows of the table: for each scorer overall, by subset, and by RewardBench section.
+
+    Probes have a row each, without subsets.
+    """
     rows = []
     n_by_subset = Counter(score.subset for score in scores)
     for opinions in collect_opinions(scores, judges, probed):
@@ -367,7 +372,7 @@ def tabulate(
         by_subset = [
             those.measure(subset or "(none)", n, seed)
             for subset, n in sorted(n_by_subset.items())
-            if len(n_by_subset) > 1 and (those := opinions.within(subset)).scores
+            if len(n_by_subset) > 1 and opinions.scorer not in probed and (those := opinions.within(subset)).scores
         ]
         accuracy = {row.subset: row.accuracy for row in by_subset}
         rows += by_subset + rewardbench_rows(opinions.scorer, accuracy)
@@ -425,6 +430,93 @@ def layout(columns: dict[str, list[str]]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# A page to look at
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+script-src 'unsafe-inline'">
+<title>Rewards</title>
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: inherit }}
+#tables pre {{ font: 13px/1.4 monospace; overflow-x: auto; white-space: pre }}
+article {{ border: 1px solid #ccc; border-radius: 6px; margin: 1rem 0; padding: 1rem }}
+article.wrong {{ border-left: 6px solid #c33 }}
+.two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; margin-top: 1rem }}
+.critique {{ color: #555; border-left: 3px solid #ccc; padding-left: .7rem; margin-top: .7rem }}
+h3 {{ font-size: 1em; margin: 0 0 .4rem }}
+</style>
+<h1>Rewards</h1>
+<section id="tables"></section>
+<p>
+<label>subset <select id="subset"><option value="">all</option></select></label>
+<label>show <select id="side"><option value="">all</option><option>right</option>
+<option>wrong</option></select></label>
+<label>order <select id="order"><option value="1">lowest margin first</option>
+<option value="-1">highest margin first</option></select></label>
+<output id="count"></output>
+</p>
+<main></main>
+<script type="application/json" id="data">{data}</script>
+<script>
+const {{tables, pairs}} = JSON.parse(document.getElementById("data").textContent);
+const get = id => document.getElementById(id);
+function add(parent, tag, text, name) {{
+  const element = parent.appendChild(document.createElement(tag));
+  element.textContent = text;  // never innerHTML: what the data holds stays text
+  if (name) element.className = name;
+  return element;
+}}
+for (const table of tables) add(get("tables"), "pre", table);
+for (const subset of [...new Set(pairs.map(p => p.subset))].sort())
+  if (subset) add(get("subset"), "option", subset);
+function show() {{
+  const [subset, side, order] = ["subset", "side", "order"].map(id => get(id).value);
+  const margin = p => p.chosen.reward - p.rejected.reward;
+  const shown = pairs
+    .filter(p => (!subset || p.subset === subset) && (!side || (margin(p) > 0) === (side === "right")))
+    .sort((a, b) => order * (margin(a) - margin(b)));
+  const main = document.querySelector("main");
+  main.replaceChildren();
+  get("count").textContent = `${{shown.length}} of ${{pairs.length}} pairs`;
+  for (const p of shown) {{
+    const article = add(main, "article", "", margin(p) > 0 ? "right" : "wrong");
+    add(article, "h3", `${{p.id}} ${{p.subset}}: margin ${{margin(p).toFixed(3)}}`);
+    add(article, "pre", p.prompt);
+    const two = add(article, "div", "", "two");
+    for (const name of ["chosen", "rejected"]) {{
+      const column = add(two, "div", "");
+      add(column, "h3", `${{name}}, reward ${{p[name].reward.toFixed(3)}}`);
+      add(column, "pre", p[name].response);
+      for (const critique of p[name].critiques) add(column, "pre", critique, "critique");
+    }}
+  }}
+}}
+for (const id of ["subset", "side", "order"]) get(id).addEventListener("change", show);
+show();
+</script>
+"""
+
+
+def to_html(tables: list[str], pairs: list[Pair], scores: list[PairScore]) -> str:
+    """One file that needs nothing else; the data stands in it as JSON that cannot end the script."""
+    rows = []
+    for pair, score in zip(pairs, scores):
+        prompt = "\n\n".join(f"{message.role}: {message.content}" for message in pair.prompt)
+        row = {"id": pair.id, "subset": pair.subset, "prompt": prompt}
+        for side, answer in zip(rm.SIDES, pair.answers):
+            row[side] = {
+                "reward": getattr(score, f"{side}_reward"),
+                "response": answer.response,
+                "critiques": answer.critiques,
+            }
+        rows.append(row)
+    data = json.dumps({"tables": tables, "pairs": rows})
+    return PAGE.format(data=data.replace("<", "\\u003c"))
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def evaluate_pairs(args: argparse.Namespace) -> int:
@@ -447,23 +539,24 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
         encoder.use_critiques = probe != "response-only"
         changed = apply_probe([e.pair for e in encoded], probe, args.seed)
         changed = encoder.encode_pairs(changed, f"{args.data}, {probe}")
-        probed[f"critiques {probe}"] = rm.score_pairs(model, changed, args.micro_batch_tokens)
+        probed[f"reward model, {probe}"] = rm.score_pairs(model, changed, args.micro_batch_tokens)
     if dist.get_rank() != 0:
         return 0
     if args.scores:
         rm.write_scores(Path(args.scores), scores)
     rows = tabulate(scores, len(pairs), args.judge, args.seed, probed)
     robustness = measure_robustness(scores)
-    print(to_markdown(rows) + "\n")
-    for probe in dict.fromkeys(args.probe):
-        print(f"- critiques {probe}: {PROBES[probe]}")
-    if args.probe:
-        print(f"\n{READS_CRITIQUES}\n")
     values = [f"{value:.4f}" for value in robustness.values()]
-    print(layout({"reward model": list(robustness), "value": values}))
+    tables = [to_markdown(rows), layout({"reward model": list(robustness), "value": values})]
+    if args.probe:
+        lines = [f"- {probe}: {PROBES[probe]}" for probe in dict.fromkeys(args.probe)]
+        tables.insert(1, "\n".join([*lines, "", READS_CRITIQUES]))
+    if args.html:
+        rm.replace_file(Path(args.html), to_html(tables, [e.pair for e in encoded], scores))
     if args.json:
         table = description | {"rows": [asdict(row) for row in rows], "robustness": robustness}
         rm.replace_file(Path(args.json), json.dumps(table, indent=2) + "\n")
+    print("\n\n".join(tables))
     return 0
 
 

@@ -1,6 +1,7 @@
 """evaluate.py: the statistics against values by hand, the command as its users run it."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import evaluate
 from conftest import run_script
-from critique_rm import CritiqueRMError, Pair, PairScore
+from critique_rm import CritiqueRMError, Message, Pair, PairScore
 
 ROOT = Path(__file__).parent.parent
 
@@ -175,6 +176,18 @@ def test_probes_move_critiques_and_nothing_else():
     assert [(p.chosen, p.rejected) for p in shuffled] == [(p.chosen, p.rejected) for p in pairs]
 
 
+def test_the_page_holds_the_data_as_text_that_cannot_end_its_script():
+    evil = "</script><img src=x onerror=alert(1)>\u2028{data}"
+    pair = Pair(evil, (Message("user", evil),), evil, "b", (evil,), (), evil)
+    page = evaluate.to_html(["| a |"], [pair], [replace(score(0, 1.5), subset=evil)])
+    assert page.count("</script>") == 2 and "<img" not in page
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
+    (row,) = json.loads(data)["pairs"]
+    assert row["chosen"] == {"reward": 1.5, "response": evil, "critiques": [evil]}
+    assert (row["id"], row["prompt"]) == (evil, "user: " + evil)
+    assert not re.search(r"https?:|src=|@import", page.replace(data, ""))
+
+
 def test_probes_of_a_run_stand_beside_its_accuracy(finished, test_file, mesh, capsys, tmp_path):
     folder, out, _ = finished
     probes = ["swapped", "response-only"]
@@ -185,8 +198,8 @@ def test_probes_of_a_run_stand_beside_its_accuracy(finished, test_file, mesh, ca
     table = capsys.readouterr().out
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
     assert f"| reward model | all | 12 | {accuracy:.4f} |" in table
-    assert "| critiques swapped | all | 12 |" in table
-    assert "- critiques response-only: removed with the separator" in table
+    assert "| reward model, swapped | all | 12 |" in table
+    assert "- response-only: critiques and separator removed" in table
     two = ["--compare", str(scores), str(folder / "scores-test.jsonl")]
     assert evaluate.compare_scores(evaluate.parse_arguments(two)) == 0
     assert f"| all | 12 | {accuracy:.4f} | {accuracy:.4f} | +0.0000 |" in capsys.readouterr().out
