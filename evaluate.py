@@ -440,7 +440,9 @@ script-src 'unsafe-inline'">
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: inherit }}
-#tables pre {{ font: 13px/1.4 monospace; overflow-x: auto; white-space: pre }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
+td {{ border-bottom: 1px solid #ddd; padding: .15rem .8rem .15rem 0 }}
+tr:first-child {{ font-weight: bold }}
 article {{ border: 1px solid #ccc; border-radius: 6px; margin: 1rem 0; padding: 1rem }}
 article.wrong {{ border-left: 6px solid #c33 }}
 .two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; margin-top: 1rem }}
@@ -468,7 +470,14 @@ function add(parent, tag, text, name) {{
   if (name) element.className = name;
   return element;
 }}
-for (const table of tables) add(get("tables"), "pre", table);
+for (const text of tables) {{
+  if (!text.startsWith("|")) {{ add(get("tables"), "pre", text); continue; }}
+  const table = add(get("tables"), "table", "");
+  for (const line of text.split("\\n").filter(line => !line.startsWith("| --- |"))) {{
+    const row = add(table, "tr", "");
+    for (const cell of line.slice(2, -2).split(" | ")) add(row, "td", cell.replaceAll("\\\\|", "|"));
+  }}
+}}
 for (const subset of [...new Set(pairs.map(p => p.subset))].sort())
   if (subset) add(get("subset"), "option", subset);
 function show() {{
