@@ -4,13 +4,16 @@
     torchrun --nproc-per-node 8 evaluate.py RUN --data pairs.jsonl
     python evaluate.py RUN --data pairs.jsonl --probe shuffled --probe swapped
     python evaluate.py --compare A.scores.jsonl B.scores.jsonl
+    python evaluate.py --curve RUN1 RUN2 ... [--plot curve.png]
     python evaluate.py RUN --score answers.jsonl        # one reward a line, for best-of-n
 
 RUN is a folder of train.py, or any Hugging Face sequence-classification model made of a decoder and
 a `score` head with one label. Pairs are read by `read_pairs` (critique_rm.py); answers are single
 records {prompt, response, critique?, id?}. --scores keeps one line a pair, --json the tables. A probe
 scores the same pairs with their critiques changed, to see whether the model reads them; --compare
-says whether one model beats another on the pairs that both have scored.
+says whether one model beats another on the pairs that both have scored; --curve reads runs of
+train.py on different numbers of pairs (--max-pairs), with and without critiques, of several seeds,
+and says how many plain pairs one pair with critiques is worth.
 
 Accuracy counts a tie as wrong, as RewardBench does (Lambert et al., arXiv 2403.13787). Intervals are
 percentiles of a bootstrap over prompts, since pairs over one prompt are not independent; p values
@@ -96,6 +99,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--compare", nargs=2, metavar="SCORES", help="two files of --scores, or of two runs"
     )
+    what.add_argument("--curve", nargs="+", metavar="RUN", help="folders of train.py")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curve there (needs matplotlib)")
     parser.add_argument(
         "--probe", choices=PROBES, action="append", default=[], help="change the critiques; repeatable"
     )
@@ -114,12 +119,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     with_data = args.scores or args.judge or args.probe or args.html
     if not args.data and with_data or args.score and args.json:
         parser.error("--scores, --judge, --probe, --html go with --data, --json not with --score")
-    if bool(args.run) == bool(args.compare):
-        parser.error("RUN goes with --data or --score, and not with --compare")
+    if bool(args.run) == bool(args.compare or args.curve) or args.plot and not args.curve:
+        parser.error("RUN goes with --data or --score, and --plot with --curve")
     for path in args.judge:
         if not Path(path).is_file():
             parser.error(f"{path}: no such file")
-    for path in filter(None, (args.json, args.scores, args.html)):  # known before hours of scoring
+    for path in filter(None, (args.json, args.scores, args.html, args.plot)):  # known before hours of scoring
         if not Path(path).absolute().parent.is_dir():
             parser.error(f"{path}: there is no such folder")
     return args
@@ -248,6 +253,104 @@ def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Diffe
     adjusted = adjust_holm([row.p for row in rows])
     rows = [replace(row, p=p) for row, p in zip(rows, adjusted)]
     return [measure("all", np.full(len(common), True)), *rows]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a learning curve: mean accuracy over seeds after training on `pairs` pairs."""
+
+    pairs: int
+    critiques: bool
+    seeds: int
+    accuracy: float
+    low: float  # ends of the 95 % interval
+    high: float
+    worth: str = ""  # plain pairs that one pair with critiques is worth, with 95 % interval
+
+
+def read_curve(folders: Sequence[str]) -> dict[tuple[bool, int], list[list[PairScore]]]:
+    """The scores on the first test file of each run, by (with critiques, number of pairs)."""
+    runs: dict[tuple[bool, int], list[list[PairScore]]] = {}
+    for folder in folders:
+        run = Path(folder) / "run.json"
+        if not run.is_file() or "summary" not in (record := json.loads(run.read_text())):
+            raise CritiqueRMError(f"{folder}: not a finished run of train.py")
+        arguments = record["arguments"]
+        name = Path(next(iter(record["results"]), "none")).name.split(".")[0]
+        key = not arguments["no_critiques"], record["summary"]["pairs"] // arguments["epochs"]
+        runs.setdefault(key, []).append(read_scores(str(Path(folder) / f"scores-{name}.jsonl")))
+    return dict(sorted(runs.items()))
+
+
+def measure_curve(runs: dict[tuple[bool, int], list[list[PairScore]]], seed: int) -> list[Point]:
+    """The points of both curves, and the worth of a pair with critiques.
+
+    Prompts are resampled for all runs alike, so the interval of the worth is a paired one.
+    """
+    kept = set.intersection(*({s.id for s in scores} for many in runs.values() for scores in many))
+    first = [s for s in next(iter(runs.values()))[0] if s.id in kept]
+    if not first:
+        raise CritiqueRMError("the runs have no test pair in common; give them one test file")
+    _, cluster = np.unique([s.prompt_id for s in first], return_inverse=True)
+    n = cluster.max() + 1
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), N_RESAMPLES)
+    draws = np.concatenate([np.ones((1, n), int), draws])  # the first is the data itself
+    accuracy = {}  # (1 + N_RESAMPLES,) each
+    for key, many in runs.items():
+        by_id = [{s.id: s.chosen_reward > s.rejected_reward for s in scores} for scores in many]
+        correct = np.mean([[right[s.id] for s in first] for right in by_id], axis=0)
+        accuracy[key] = draws @ np.bincount(cluster, correct) / (draws @ np.bincount(cluster))
+    plain = [key for key in runs if not key[0]]
+    points = []
+    for key, values in accuracy.items():
+        low, high = np.quantile(values[1:], [0.025, 0.975])
+        worth = ""
+        if key[0] and len(plain) > 1:
+            curves = np.stack([accuracy[other] for other in plain], 1)  # (1 + N_RESAMPLES, points)
+            sizes = [size for _, size in plain]
+            found = [equal_pairs(a, sizes, curve) / key[1] for a, curve in zip(values, curves)]
+            ends = np.quantile(found[1:], [0.025, 0.975], method="nearest")
+            limits = sizes[0] / key[1], sizes[-1] / key[1]
+            worth = "{} ({} to {})".format(*(show_worth(x, *limits) for x in (found[0], *ends)))
+        points.append(Point(key[1], key[0], len(runs[key]), values[0], low, high, worth))
+    return points
+
+
+def equal_pairs(accuracy: float, sizes: Sequence[int], curve: np.ndarray) -> float:
+    """Where a curve over log N first reaches an accuracy; 0 or infinity if that is off its ends."""
+    if accuracy < curve[0]:
+        return 0.0
+    for k in range(len(sizes) - 1):
+        if curve[k] <= accuracy <= curve[k + 1]:
+            share = (accuracy - curve[k]) / (curve[k + 1] - curve[k]) if curve[k + 1] > curve[k] else 0
+            return float(sizes[k] * (sizes[k + 1] / sizes[k]) ** share)
+    return float(np.inf) if accuracy > curve.max() else float(sizes[int(curve.argmax())])
+
+
+def show_worth(worth: float, lowest: float, highest: float) -> str:
+    """Never beyond what was measured."""
+    if worth == 0:
+        return f"less than {lowest:.3g}"
+    return f"more than {highest:.3g}" if worth == np.inf else f"{worth:.3g}"
+
+
+def plot_curve(points: Sequence[Point], path: str) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise CritiqueRMError("--plot needs matplotlib; run: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for critiques, label in ((True, "with critiques"), (False, "without")):
+        those = [point for point in points if point.critiques == critiques]
+        sizes, accuracy = [p.pairs for p in those], np.array([p.accuracy for p in those])
+        ends = [accuracy - [p.low for p in those], [p.high for p in those] - accuracy]
+        axes.errorbar(sizes, accuracy, yerr=np.abs(ends), marker="o", capsize=3, label=label)
+    axes.set(xscale="log", xlabel="training pairs", ylabel="test accuracy")
+    axes.legend()
+    figure.savefig(path, dpi=150)
 
 
 def measure_robustness(scores: list[PairScore]) -> dict[str, float]:
@@ -392,7 +495,7 @@ def rewardbench_rows(scorer: str, accuracy: dict[str, float]) -> list[Row]:
     return rows
 
 
-def to_markdown(rows: Sequence[Row | Difference]) -> str:
+def to_markdown(rows: Sequence[Row | Difference | Point]) -> str:
     """A table of what the rows hold, without columns that no row fills."""
     if isinstance(rows[0], Row):
         columns = {
@@ -404,6 +507,15 @@ def to_markdown(rows: Sequence[Row | Difference]) -> str:
             "ties": lambda row: row.ties is not None and f"{row.ties:.3f}",
             "inconsistent": lambda row: row.inconsistent is not None and f"{row.inconsistent:.3f}",
             "coverage": lambda row: row.coverage not in (None, 1) and f"{row.coverage:.3f}",
+        }
+    elif isinstance(rows[0], Point):
+        columns = {
+            "training pairs": lambda row: str(row.pairs),
+            "critiques": lambda row: "with" if row.critiques else "without",
+            "seeds": lambda row: str(row.seeds),
+            "accuracy": lambda row: f"{row.accuracy:.4f}",
+            "95 % interval": lambda row: f"{row.low:.3f}–{row.high:.3f}",
+            "worth in plain pairs": lambda row: row.worth,
         }
     else:
         columns = {
@@ -579,6 +691,18 @@ def compare_scores(args: argparse.Namespace) -> int:
     return 0
 
 
+def draw_curve(args: argparse.Namespace) -> int:
+    """Prints the learning curves of the runs of --curve."""
+    points = measure_curve(read_curve(args.curve), args.seed)
+    if args.plot:
+        plot_curve(points, args.plot)
+    if args.json:
+        rows = [asdict(point) for point in points]
+        rm.replace_file(Path(args.json), json.dumps({"runs": args.curve, "rows": rows}, indent=2) + "\n")
+    print(to_markdown(points))
+    return 0
+
+
 def read_scores(path: str) -> list[PairScore]:
     """Reads what --scores and train.py write."""
     scores = []
@@ -620,8 +744,8 @@ def load(args: argparse.Namespace):
 def main() -> int:
     args = parse_arguments()
     try:
-        if args.compare:
-            return compare_scores(args)
+        if args.compare or args.curve:
+            return compare_scores(args) if args.compare else draw_curve(args)
         code = evaluate_pairs(args) if args.data else score_single(args)
     except (CritiqueRMError, OSError) as error:
         rm.say_error("evaluate.py", error)

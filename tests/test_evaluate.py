@@ -176,6 +176,45 @@ def test_probes_move_critiques_and_nothing_else():
     assert [(p.chosen, p.rejected) for p in shuffled] == [(p.chosen, p.rejected) for p in pairs]
 
 
+def test_equal_pairs_by_hand():
+    curve = np.array([0.5, 0.6, 0.8])
+    sizes = [10, 100, 1000]
+    assert evaluate.equal_pairs(0.6, sizes, curve) == pytest.approx(100)
+    assert evaluate.equal_pairs(0.7, sizes, curve) == pytest.approx(10**2.5)
+    assert evaluate.equal_pairs(0.4, sizes, curve) == 0
+    assert evaluate.equal_pairs(0.9, sizes, curve) == np.inf
+    assert evaluate.show_worth(np.inf, 0.1, 12.5) == "more than 12.5"
+    assert evaluate.show_worth(0, 0.1, 12.5) == "less than 0.1"
+
+
+def test_a_curve_by_hand():
+    """Plain: 0.5 and 0.75 of 40 pairs after 10 and 1,000; with critiques 0.625 after 10 already."""
+
+    def right(n_right: int) -> list[PairScore]:
+        return [score(n, 1.0 if n < n_right else -1.0) for n in range(40)]
+
+    runs = {
+        (False, 10): [right(20)],
+        (False, 1000): [right(30)],
+        (True, 10): [right(24), right(26)],
+        (True, 1000): [right(39)],
+    }
+    points = evaluate.measure_curve(runs, seed=0)
+    assert [p.accuracy for p in points] == pytest.approx([0.5, 0.75, 0.625, 0.975])
+    assert [p.seeds for p in points] == [1, 1, 2, 1]
+    assert points[0].worth == "" and points[2].worth.startswith("10 (")  # 10**2 pairs over 10
+    assert points[3].worth == "more than 1 (more than 1 to more than 1)"
+    assert points[0].low < 0.5 < points[0].high
+    assert "| 10 | with | 2 | 0.6250 |" in evaluate.to_markdown(points)
+
+
+def test_a_curve_reads_what_train_leaves(finished, capsys):
+    folder, out, _ = finished
+    assert evaluate.draw_curve(evaluate.parse_arguments(["--curve", str(folder), str(folder)])) == 0
+    accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
+    assert f"| 10 | with | 2 | {accuracy:.4f} |" in capsys.readouterr().out
+
+
 def test_the_page_holds_the_data_as_text_that_cannot_end_its_script():
     evil = "</script><img src=x onerror=alert(1)>\u2028{data}"
     pair = Pair(evil, (Message("user", evil),), evil, "b", (evil,), (), evil)
