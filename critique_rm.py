@@ -23,7 +23,7 @@ import shutil
 import sys
 import warnings
 import zlib
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -66,9 +66,13 @@ def say(message: str) -> None:
 
 
 def say_error(script: str, error: BaseException) -> None:
-    """Writes an error as one line to stderr, on each machine once: not all meet the same ones."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{script}: {_first_line(error)}", file=sys.stderr, flush=True)
+    """Writes an error as one line to stderr.
+
+    Ours once on each machine, since its ranks meet the same ones; others may be of one rank alone.
+    """
+    rank = "" if os.environ.get("LOCAL_RANK", "0") == "0" else f"rank {os.environ['RANK']}: "
+    if not rank or not isinstance(error, CritiqueRMError):
+        print(f"{script}: {rank}{_first_line(error)}", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,7 +139,7 @@ def read_pairs(source: str, skip_bad: bool = False) -> list[Pair]:
         except CritiqueRMError as error:
             if not skip_bad:
                 raise
-            bad.append(error)
+            bad.append(str(error))
             continue
         if pair:
             pairs.append((where, pair))
@@ -235,14 +239,14 @@ def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
             if buffer[:1] != before:
                 raise ValueError(f"expected {before}")
             item = buffer[1:].lstrip(" \t\r\n")
-            if item == "]" and not number and not text.read(2**14).strip():
+            if item.rstrip() == "]" and not number and not text.read(2**14).strip():
                 return
             value, end = decoder.raw_decode(item)
         except (ValueError, RecursionError) as error:  # wrong, or not yet read to its end
             try:
                 more = text.read(max(2**14, len(buffer)))
             except UnicodeDecodeError:
-                raise CritiqueRMError(f"{source}: item {number + 1}: not UTF-8 text") from None
+                raise CritiqueRMError(f"{source}: not UTF-8 text, after item {number}") from None
             if not more or len(buffer) > MAX_LINE_BYTES or isinstance(error, RecursionError):
                 problem = str(error).split(";")[0]
                 raise CritiqueRMError(
@@ -785,7 +789,8 @@ def pack(
                 cost = math.ceil(len(rows) / n_ranks) * width + budget_tokens / 32
                 options.append((cost / n_used, len(rows)))
         n_rows = min(options)[1]
-        waiting = sorted([*itertools.chain(*rows[n_rows:]), *waiting], key=size, reverse=True)
+        for unit in itertools.chain(*rows[n_rows:]):
+            insort(waiting, unit, key=lambda unit: -size(unit))
         mine = rows[:n_rows][rank::n_ranks]
         if share:
             batches.append([[trie for (trie,) in row] for row in mine])
@@ -870,7 +875,7 @@ def start_processes(shard_group: int | None = None) -> tuple[torch.device, Devic
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         if device.index >= torch.cuda.device_count():
-            raise CritiqueRMError(f"{torch.cuda.device_count()} GPUs here; lower --nproc-per-node")
+            raise OSError(f"only {torch.cuda.device_count()} GPUs here; lower --nproc-per-node")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
@@ -894,10 +899,10 @@ def meet(place: str, minutes: float = 30) -> None:
     try:
         dist.monitored_barrier(_cpu_group(), timedelta(minutes=minutes), wait_all_ranks=True)
     except RuntimeError as error:
-        missing = re.search(r"Ranks? ([\d, ]+) failed", str(error))  # only rank 0 is told
+        missing = re.search(r"Ranks? ([\d, ]+) failed", str(error))
+        who = f"rank {missing[1]}" if missing else "a rank, which rank 0 can name,"
         raise CritiqueRMError(
-            f"rank {missing[1] if missing else 0} did not come to {place} within {minutes:g} "
-            "minutes; look at its last messages"
+            f"{who} did not come to {place} within {minutes:g} minutes; look at its last messages"
         ) from None
 
 
@@ -993,9 +998,14 @@ def build_model(config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: Devi
     head, so that the trunk computes in `compute_dtype` and the head in fp32. Nothing is allocated
     before it is sharded: no rank holds the whole model.
     """
+    with torch.device("meta"):
+        model = make_model(config)
+    return shard(model, compute_dtype, mesh)
+
+
+def make_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise CritiqueRMError(
             f"no sequence classification for {config.model_type!r} models ({_first_line(error)})"
@@ -1004,7 +1014,7 @@ def build_model(config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: Devi
         raise CritiqueRMError(
             f"{type(model).__name__} has no linear head named 'score'; use a decoder model"
         )
-    return shard(model, compute_dtype, mesh)
+    return model
 
 
 def shard(model: PreTrainedModel, compute_dtype: torch.dtype, mesh: DeviceMesh) -> PreTrainedModel:
@@ -1335,7 +1345,10 @@ def write_scores(path: Path, scores: Sequence[PairScore]) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Writes a file so that at any moment either the old or the whole new one is there."""
     draft = path.with_name(path.name + ".draft")
-    draft.write_text(text, encoding="utf-8")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file)
     draft.replace(path)
 
 

@@ -196,9 +196,11 @@ def sign_flip_p(differences: np.ndarray, prompt_ids: list[str], seed: int) -> fl
     _, cluster = np.unique(prompt_ids, return_inverse=True)
     sums = np.bincount(cluster, differences)
     sums = sums[sums != 0]
-    signs = np.random.default_rng(seed).choice([-1, 1], (N_FLIPS, len(sums)))
-    as_far = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9
-    return float((1 + as_far.sum()) / (1 + N_FLIPS))
+    rng, n_as_far = np.random.default_rng(seed), 1
+    for _ in range(N_FLIPS // 99):  # in blocks, for large sets
+        signs = rng.choice([-1.0, 1.0], (99, len(sums)))
+        n_as_far += int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).sum())
+    return n_as_far / (1 + N_FLIPS)
 
 
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
@@ -272,10 +274,11 @@ def read_curve(folders: Sequence[str]) -> dict[tuple[bool, int], list[list[PairS
     """The scores on the first test file of each run, by (with critiques, number of pairs)."""
     runs: dict[tuple[bool, int], list[list[PairScore]]] = {}
     for folder in folders:
-        run = Path(folder) / "run.json"
-        if not run.is_file() or "summary" not in (record := json.loads(run.read_text())):
-            raise CritiqueRMError(f"{folder}: not a finished run of train.py")
-        arguments = record["arguments"]
+        try:
+            record = json.loads((Path(folder) / "run.json").read_text())
+            arguments, _ = record["arguments"], record["summary"]
+        except (OSError, ValueError, KeyError):
+            raise CritiqueRMError(f"{folder}: not a finished run of train.py") from None
         name = Path(next(iter(record["results"]), "none")).name.split(".")[0]
         key = not arguments["no_critiques"], record["summary"]["pairs"] // arguments["epochs"]
         runs.setdefault(key, []).append(read_scores(str(Path(folder) / f"scores-{name}.jsonl")))
@@ -287,8 +290,9 @@ def measure_curve(runs: dict[tuple[bool, int], list[list[PairScore]]], seed: int
 
     Prompts are resampled for all runs alike, so the interval of the worth is a paired one.
     """
-    kept = set.intersection(*({s.id for s in scores} for many in runs.values() for scores in many))
-    first = [s for s in next(iter(runs.values()))[0] if s.id in kept]
+    tests = [{(s.id, s.prompt_id) for s in scores} for many in runs.values() for scores in many]
+    kept = set.intersection(*tests)
+    first = [s for s in next(iter(runs.values()))[0] if (s.id, s.prompt_id) in kept]
     if not first:
         raise CritiqueRMError("the runs have no test pair in common; give them one test file")
     _, cluster = np.unique([s.prompt_id for s in first], return_inverse=True)
@@ -318,13 +322,13 @@ def measure_curve(runs: dict[tuple[bool, int], list[list[PairScore]]], seed: int
 
 def equal_pairs(accuracy: float, sizes: Sequence[int], curve: np.ndarray) -> float:
     """Where a curve over log N first reaches an accuracy; 0 or infinity if that is off its ends."""
-    if accuracy < curve[0]:
-        return 0.0
-    for k in range(len(sizes) - 1):
-        if curve[k] <= accuracy <= curve[k + 1]:
-            share = (accuracy - curve[k]) / (curve[k + 1] - curve[k]) if curve[k + 1] > curve[k] else 0
-            return float(sizes[k] * (sizes[k + 1] / sizes[k]) ** share)
-    return float(np.inf) if accuracy > curve.max() else float(sizes[int(curve.argmax())])
+    k = int(np.argmax(curve >= accuracy))
+    if curve[k] < accuracy:
+        return float(np.inf)
+    if k == 0:
+        return float(sizes[0]) if curve[0] == accuracy else 0.0
+    share = (accuracy - curve[k - 1]) / (curve[k] - curve[k - 1])
+    return float(sizes[k - 1] * (sizes[k] / sizes[k - 1]) ** share)
 
 
 def show_worth(worth: float, lowest: float, highest: float) -> str:
@@ -459,7 +463,7 @@ def read_verdicts(path: str, scores: list[PairScore]) -> list[Opinions]:
 
 def tabulate(
     scores: list[PairScore],
-    n_pairs: int | None = None,
+    n_by_subset: Counter[str] | None = None,
     judges: Sequence[str] = (),
     seed: int = 0,
     probed: dict[str, list[PairScore]] = {},
@@ -469,9 +473,9 @@ def tabulate(
     Probes have a row each, without subsets.
     """
     rows = []
-    n_by_subset = Counter(score.subset for score in scores)
+    n_by_subset = n_by_subset or Counter(score.subset for score in scores)
     for opinions in collect_opinions(scores, judges, probed):
-        rows.append(opinions.measure("all", n_pairs or len(scores), seed))
+        rows.append(opinions.measure("all", n_by_subset.total(), seed))
         by_subset = [
             those.measure(subset or "(none)", n, seed)
             for subset, n in sorted(n_by_subset.items())
@@ -665,7 +669,7 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
         return 0
     if args.scores:
         rm.write_scores(Path(args.scores), scores)
-    rows = tabulate(scores, len(pairs), args.judge, args.seed, probed)
+    rows = tabulate(scores, Counter(p.subset for p in pairs), args.judge, args.seed, probed)
     robustness = measure_robustness(scores)
     values = [f"{value:.4f}" for value in robustness.values()]
     tables = [to_markdown(rows), layout({"reward model": list(robustness), "value": values})]

@@ -149,12 +149,13 @@ def claim_folder(args: argparse.Namespace) -> Path:
             except FileExistsError:
                 continue
     folder = Path(args.out)
-    if folder.exists() and not (args.resume or args.overwrite):
-        raise CritiqueRMError(f"{folder} exists; choose another --out, or add --resume or --overwrite")
     if folder.exists() and not folder.is_dir():
         raise CritiqueRMError(f"{folder} is a file; choose another --out")
-    is_ours = any((folder / name).exists() for name in (".lock", "run.json"))
-    if folder.exists() and any(folder.iterdir()) and not is_ours:
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if names - {".lock"} and not (args.resume or args.overwrite and not is_restart):
+        raise CritiqueRMError(f"{folder} exists; choose another --out, or add --resume or --overwrite")
+    if names and not names & {".lock", "run.json"}:
         raise CritiqueRMError(f"{folder} holds something else than a run; choose another --out")
     if args.overwrite and folder.resolve() == Path(args.model).resolve():
         raise CritiqueRMError(f"{folder} is --model too; choose another --out")
@@ -184,6 +185,10 @@ def lock_folder(folder: Path):
         except BlockingIOError:
             raise CritiqueRMError(
                 f"{folder} is in use by another run; wait for it, or end its train.py processes"
+            ) from None
+        except OSError as error:
+            raise CritiqueRMError(
+                f"{folder} cannot be locked ({error.strerror}); choose --out on another file system"
             ) from None
         lock.truncate(0)
         lock.write(mark := secrets.token_hex(8))
@@ -377,6 +382,8 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
         if checksums(path) == rm.on_rank_zero(lambda: read_object(path / "checksums.json")):
             reader = HuggingFaceStorageReader(str(path))
             dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
+            for damaged in found[found.index(str(path)) + 1 :]:  # or they would count as the newest
+                rm.on_rank_zero(lambda: shutil.rmtree(damaged, ignore_errors=True))
             return int(path.name.removeprefix("step-"))
         say(f"warning: {path} is damaged; trying the one before it")
     if found:
@@ -390,10 +397,13 @@ def checksums(folder: Path) -> dict[str, int]:
     names = [name for name in names if name != "checksums.json"]
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
-        with open(folder / name, "rb") as file:
-            mine[name] = 0
-            while block := file.read(2**24):
-                mine[name] = zlib.crc32(block, mine[name])
+        mine[name] = 0
+        try:
+            with open(folder / name, "rb") as file:
+                while block := file.read(2**24):
+                    mine[name] = zlib.crc32(block, mine[name])
+        except OSError:
+            mine[name] = -1  # alone with an error, a rank would leave the others waiting
     parts = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return {name: crc for part in parts for name, crc in part.items()}
@@ -688,15 +698,20 @@ def plan(args: argparse.Namespace) -> dict[str, float | bool]:
     """The peak memory of a process, in GB, by what takes it; and whether the device has as much.
 
     Nothing is loaded: the activations are those that a forward pass on tensors without storage
-    would keep for backward, so they are exact for any model.
+    would keep for backward, so they are exact for any model, at `--micro-batch-tokens`. A pair that
+    is longer is computed whole all the same.
     """
-    rm.start_processes()
-    program = 0.0 if args.device_gb else peak_memory_gb()  # a GPU does not hold the program
+    device, _ = rm.start_processes()
+    n_shards = args.shard_group or args.nproc
+    if args.nproc % n_shards:
+        raise CritiqueRMError(f"{args.nproc} processes are not groups of {n_shards}")
+    on_gpu = bool(args.device_gb) or device.type == "cuda"
+    program = 0.0 if on_gpu else peak_memory_gb()  # a GPU does not hold the program
     config = tiny_config(args) if args.model == "tiny" else rm.load_config(args.model)
-    config.dtype = torch.bfloat16 if args.device_gb else torch.float32
+    config.dtype = torch.bfloat16 if args.device_gb else rm.compute_dtype(device)
     tokens, n_bytes = args.micro_batch_tokens, config.dtype.itemsize
     with FakeTensorMode(), torch.device("cpu"):
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        model = rm.make_model(config)
         trunk, head = rm.trunk_and_head(model)
         head.weight = torch.nn.Parameter(head.weight.float())
         whole = activation_bytes(model, tokens, args.max_length_tokens)
@@ -707,7 +722,6 @@ def plan(args: argparse.Namespace) -> dict[str, float | bool]:
         blocks = next(m for m in trunk.modules() if isinstance(m, torch.nn.ModuleList))
     n, block = (sum(p.numel() for p in m.parameters()) for m in (model, blocks[0]))
     root = n - block * len(blocks)
-    n_shards = args.shard_group or args.nproc
     parts = {
         "program": program * 2**30,
         "parameters": 4 * n / n_shards,
@@ -717,11 +731,11 @@ def plan(args: argparse.Namespace) -> dict[str, float | bool]:
         "gathered": 2 * n_bytes * root + (3 * n_bytes + 4) * block,
         "activations": kept + whole / len(blocks),  # of all blocks, and of one that is gone through
     }
-    total, device = sum(parts.values()), (args.device_gb or memory_gb()) * 1e9
+    total, room = sum(parts.values()), (args.device_gb or memory_gb(args.nproc)) * 1e9
     return {f"{name}_gb": round(size / 1e9, 3) for name, size in parts.items()} | {
         "total_gb": round(total / 1e9, 3),
-        "device_gb": round(device / 1e9, 3),
-        "fits": total < 0.9 * device,  # allocators leave gaps
+        "device_gb": round(room / 1e9, 3),
+        "fits": total < 0.9 * room,  # allocators leave gaps
     }
 
 
@@ -743,11 +757,11 @@ def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> 
     return sum(size for address, (size, _) in kept.items() if address not in weights)
 
 
-def memory_gb() -> float:
-    """The memory of a process's device: a GPU's, or its share of the machine's."""
+def memory_gb(n_processes: int) -> float:
+    """The memory of a process's device: a GPU's, or its share of this machine's."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[1] / 1e9
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 / n_processes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -763,8 +777,9 @@ def run(args: argparse.Namespace) -> dict:
     path = folder / "run.json"
     old = None
     if not args.overwrite:  # as rank 0 sees it: another machine may see a shared folder late
-        old = rm.on_rank_zero(lambda: json.loads(path.read_text()) if path.exists() else None)
+        old = rm.on_rank_zero(lambda: read_object(path) if path.exists() else None)
     if old and "summary" in old:
+        check_same_run(old, {**old, "arguments": vars(args)})
         say(f"{folder} is finished")
         return old["summary"]
     try:
@@ -776,10 +791,14 @@ def run(args: argparse.Namespace) -> dict:
         training = encoder.encode_pairs(chosen, args.train)
         tests = {name: encoder.encode_pairs(pairs[name], name) for name in dict.fromkeys(args.test)}
     except CritiqueRMError:
+        lock.close()
         if not args.resume and not args.overwrite and dist.get_rank() == 0:
-            shutil.rmtree(folder)  # new and empty: the corrected command may use the name
+            shutil.rmtree(folder, ignore_errors=True)  # new: the corrected command may use the name
         raise
     description = describe(args, pairs, encoder)
+    same = [description["data"], description["template"]]
+    if same != rm.on_rank_zero(lambda: same):
+        raise CritiqueRMError(f"{platform.node()} reads other data or another model than rank 0")
     if old:
         check_same_run(old, description)
     if args.overwrite:
@@ -824,7 +843,7 @@ def main() -> int:
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
         advice = "lower --micro-batch-tokens, add --activation-checkpointing, or use more processes"
-        rm.say_error("train.py", CritiqueRMError(f"out of memory; {advice}"))
+        rm.say_error("train.py", MemoryError(f"out of memory; {advice}"))
         return 1
     except KeyboardInterrupt:
         say("train.py: interrupted; continue with --out RUN --resume")

@@ -155,7 +155,8 @@ PACKED = gzip.compress(lines(*[PLAIN | {"id": n, "chosen": str(n**9)} for n in r
 BAD_FILES = {  # name: (content, what the message must hold behind the file)
     "empty": (b"", ": no preference pair"),
     "blank": (b"\n \r\n", ": no preference pair"),
-    "empty array": (b"[]", ": no preference pair"),
+    "empty array": (b"[]\n", ": no preference pair"),
+    "array, not text": (json.dumps([PLAIN])[:-1].encode() + b", \xff", "not UTF-8 text, after item 0"),
     "gzip, cut": (PACKED[:-20], "complete"),
     "gzip, damaged": (PACKED[:300] + b"\0\1\2" + PACKED[303:], "complete"),
     "gzip, two bytes": (PACKED[:2], "complete"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def test_verdicts_of_another_file_are_refused(tmp_path):
 
 
 def test_pairs_that_were_not_scored_lower_the_coverage():
-    assert evaluate.tabulate([score(0, 1.0)], n_pairs=4)[0].coverage == 0.25
+    rows = evaluate.tabulate([score(0, 1.0, "a"), score(1, 1.0, "b")], Counter(a=4, b=1))
+    assert [row(rows, "reward model", name).coverage for name in ("all", "a", "b")] == [0.4, 0.25, 1]
 
 
 def test_subsets_have_rows_and_names_cannot_break_the_table():
@@ -183,6 +185,7 @@ def test_equal_pairs_by_hand():
     assert evaluate.equal_pairs(0.7, sizes, curve) == pytest.approx(10**2.5)
     assert evaluate.equal_pairs(0.4, sizes, curve) == 0
     assert evaluate.equal_pairs(0.9, sizes, curve) == np.inf
+    assert evaluate.equal_pairs(0.6, sizes, np.array([0.6, 0.5, 0.7])) == 10  # the first, not 316
     assert evaluate.show_worth(np.inf, 0.1, 12.5) == "more than 12.5"
     assert evaluate.show_worth(0, 0.1, 12.5) == "less than 0.1"
 

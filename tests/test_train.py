@@ -145,6 +145,17 @@ def test_resuming_a_finished_run_gives_its_summary(finished, small, mesh):
     assert fingerprint(folder) == before
 
 
+def test_resuming_a_finished_run_with_something_else_is_refused(finished, small, mesh):
+    with pytest.raises(rm.CritiqueRMError, match="arguments 'lr' was 0.001 and is now 0.1"):
+        run_here(*small, "--out", finished[0], "--resume", "--lr", "0.1")
+
+
+def test_overwrite_does_not_start_anew_at_each_restart(finished, small, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(rm.CritiqueRMError, match="exists; choose another"):
+        train.claim_folder(train.parse_arguments(["--out", str(finished[0]), "--overwrite"]))
+
+
 def test_resume_without_out_or_with_overwrite_is_a_usage_error(capsys):
     for extra in ([], ["--out", "x", "--overwrite"]):
         with pytest.raises(SystemExit) as stop:
@@ -272,7 +283,7 @@ def test_a_damaged_checkpoint_is_passed_over(model_and_pairs, tmp_path, capsys, 
 
     spoil(folders[1])
     assert train.load_checkpoint(tmp_path, model, optimizer) == 7
-    assert "step-00000009 is damaged" in capsys.readouterr().err
+    assert "step-00000009 is damaged" in capsys.readouterr().err and not folders[1].exists()
     assert torch.all(head.full_tensor() == 7)
     spoil(folders[0])
     with pytest.raises(rm.CritiqueRMError, match="no checkpoint is whole"):
@@ -426,6 +437,8 @@ def test_a_plan_counts_what_a_real_model_keeps():
     checked = train.plan(train.parse_arguments([*size, "--activation-checkpointing"]))
     assert checked["activations_gb"] < found["activations_gb"] and found["fits"]
     assert not train.plan(train.parse_arguments([*size, "--device-gb", "0.01"]))["fits"]
+    with pytest.raises(rm.CritiqueRMError, match="4 processes are not groups of 3"):
+        train.plan(train.parse_arguments(["--nproc", "4", "--shard-group", "3"]))
 
 
 def test_activation_checkpointing_does_not_change_the_gradient(model_and_pairs):
