@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -1022,10 +1022,21 @@ def shard(model: PreTrainedModel, compute_dtype: torch.dtype, mesh: DeviceMesh) 
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     blocks = next(m for m in trunk.modules() if isinstance(m, nn.ModuleList))
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.shape[-1] > 1)
     fully_shard(trunk, mesh=mesh, mp_policy=policy)
     fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     return model
+
+
+def keep_gathered(model: PreTrainedModel, keep: bool) -> None:
+    """Whether weights stay gathered, and gradients unreduced, after the next backward pass.
+
+    A process that holds a whole replica can do both once a step: a sixth faster on a CPU, and less
+    to send between replicas. Where a replica is sharded, no rank is to hold the whole.
+    """
+    for module in trunk_and_head(model):
+        module.set_requires_gradient_sync(not keep)
+        module.set_reshard_after_backward(not keep)
 
 
 def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
@@ -1271,8 +1282,9 @@ def score_groups(
     for rows in pack(units, budget_tokens, share, dist.get_rank(), dist.get_world_size()):
         batch = collate(rows, device)
         rewards[batch.numbers] = compute_rewards(model, batch).double()
-    for module in trunk_and_head(model):
-        module.reshard()  # without a backward pass FSDP leaves them whole: no optimizer state is theirs
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # without a backward pass weights stay gathered, apart from their state
     dist.all_reduce(rewards)
     values = rewards.tolist()
     return [[values[number[s.tobytes()]] for s in group] for group in groups]

@@ -465,7 +465,10 @@ def train_step(
     margins = torch.tensor([e.pair.margin for e in pairs], dtype=torch.float32, device=device)
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     ranks = dist.get_rank(), dist.get_world_size()
-    for rows in rm.pack(units, args.micro_batch_tokens, share, *ranks):
+    batches = rm.pack(units, args.micro_batch_tokens, share, *ranks)
+    has_replica = model.score.weight.device_mesh.shape[-1] == 1
+    for n, rows in enumerate(batches, 1):
+        rm.keep_gathered(model, has_replica and n < len(batches))
         batch = rm.collate(rows, device)
         sides, place, n_each = batch.numbers.unique(return_inverse=True, return_counts=True)
         sums_by_side = torch.zeros(len(sides), device=device)
@@ -727,8 +730,9 @@ def plan(args: argparse.Namespace) -> dict[str, float | bool]:
         "parameters": 4 * n / n_shards,
         "gradients": 4 * n / n_shards,
         "optimizer": 8 * n / n_shards,
-        # what is gathered to compute with: embedding and norm stay, of the blocks there are two
-        "gathered": 2 * n_bytes * root + (3 * n_bytes + 4) * block,
+        # what is gathered to compute with: all, or embedding and norm and two of the blocks
+        "gathered": (n_bytes * n if n_shards == 1 else 2 * n_bytes * root + n_bytes * block)
+        + (2 * n_bytes + 4) * block,
         "activations": kept + whole / len(blocks),  # of all blocks, and of one that is gone through
     }
     total, room = sum(parts.values()), (args.device_gb or memory_gb(args.nproc)) * 1e9
