@@ -510,7 +510,9 @@ def ask_all(
         inbox.put(call)
         threading.Thread(target=work, args=(endpoint, inbox, outcomes), daemon=True).start()
     every_seconds = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=len(todo), unit=" requests", delay=1, mininterval=every_seconds) as bar:
+    with tqdm(
+        total=len(todo), unit=" requests", delay=1, mininterval=every_seconds, miniters=0
+    ) as bar:
         while n_busy and time.monotonic() < deadline:
             batch, answers = take_all(outcomes), {}
             for _, call, answer, tokens in batch:
