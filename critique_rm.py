@@ -1004,6 +1004,7 @@ def build_model(config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: Devi
 
 
 def make_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the config with new weights. Raises CritiqueRMError if it has no `score` head."""
     try:
         model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
@@ -1031,8 +1032,8 @@ def shard(model: PreTrainedModel, compute_dtype: torch.dtype, mesh: DeviceMesh) 
 def keep_gathered(model: PreTrainedModel, keep: bool) -> None:
     """Whether weights stay gathered, and gradients unreduced, after the next backward pass.
 
-    A process that holds a whole replica can do both once a step: a sixth faster on a CPU, and less
-    to send between replicas. Where a replica is sharded, no rank is to hold the whole.
+    A process that holds a whole replica can do both once a step: fewer copies, and less to send
+    between replicas. Where a replica is sharded, no rank is to hold the whole.
     """
     for module in trunk_and_head(model):
         module.set_requires_gradient_sync(not keep)
