@@ -121,13 +121,16 @@ MAX_LINE_BYTES = 16 * 2**20
 CRITIQUES_MISSING = "run generate.py on it first, or pass --no-critiques"
 
 
-def read_pairs(source: str, skip_bad: bool = False) -> list[Pair]:
+def read_pairs(
+    source: str, skip_bad: bool = False, critiques: str | None = None
+) -> list[Pair]:
     """Reads preference pairs from a file, or from a Hub data set `NAME` or `NAME:SPLIT`.
 
     Files are JSON lines or one JSON array, plain or gzipped, told apart by content. Each record is
     recognised by its fields: ours, TRL's preference formats, UltraFeedback-binarized, HH-RLHF
     transcripts, RewardBench, PandaLM's test set (majority of three annotators, ties dropped) and
-    LLMBar. Records without an id get one from their content.
+    LLMBar. Records without an id get one from their content. With `critiques`, another such file,
+    what it says of the pairs of the same id takes the place of their critiques.
 
     Raises CritiqueRMError naming file, line, field, what was found and what to do; with `skip_bad`
     records that are wrong in themselves are left out and counted instead.
@@ -151,7 +154,24 @@ def read_pairs(source: str, skip_bad: bool = False) -> list[Pair]:
         say(f"{source}: {n_ties} pairs without a majority for one side dropped")
     if not pairs:
         raise CritiqueRMError(f"{source}: no preference pair in it; expected one JSON object a line")
-    return _with_unique_ids(pairs, source)
+    pairs = _with_unique_ids(pairs, source)
+    return _replace_critiques(pairs, critiques, source) if critiques else pairs
+
+
+def _replace_critiques(pairs: list[Pair], source: str, about: str) -> list[Pair]:
+    """Takes critiques by id from another file; pairs it does not hold are left without."""
+    others = {pair.id: pair for pair in read_pairs(source)}
+    if not any(pair.id in others for pair in pairs):
+        raise CritiqueRMError(f"{source}: no id in it is one of {about}; run generate.py on that file")
+    replaced = []
+    for pair in pairs:
+        other = others.get(pair.id, replace(pair, chosen_critiques=(), rejected_critiques=()))
+        for name in ("prompt", *SIDES):
+            if getattr(other, name) != getattr(pair, name):
+                raise CritiqueRMError(f"{source}: {pair.id!r} is of another {name} than in {about}")
+        both = {f"{side}_critiques": getattr(other, f"{side}_critiques") for side in SIDES}
+        replaced.append(replace(pair, **both))
+    return replaced
 
 
 def read_answers(source: str) -> list[Answer]:
@@ -1258,9 +1278,6 @@ def score_answers(
     return [float(np.mean(next(rewards))) if e else None for e in encoded]
 
 
-ROW_TOKENS = 512  # in longer rows attention costs more than sharing saves
-
-
 @torch.no_grad()
 def score_groups(
     model: PreTrainedModel, groups: Sequence[Sequence[np.ndarray]], budget_tokens: int
@@ -1270,11 +1287,14 @@ def score_groups(
     A collective call: every rank scores its share and all of them get all the rewards.
     """
     share = shares_prefixes(model.config)
+    # A block has about 12 H² weights: in a row of 2 H tokens attention, which is slower for each
+    # operation, takes as long as they do. Longer rows share more, but not enough to pay for it.
+    row_tokens = min(budget_tokens, 2 * model.config.hidden_size)
     number: dict[bytes, int] = {}
     units: list[list[Trie]] = []
     for group in groups:
         new = {s.tobytes(): s for s in group if s.tobytes() not in number}
-        for part in _split_group(sorted(new.values(), key=lambda s: s.tolist())):
+        for part in _split_group(sorted(new.values(), key=lambda s: s.tolist()), row_tokens):
             numbers = range(len(number), len(number) + len(part))
             number.update(zip((s.tobytes() for s in part), numbers))
             units += [[trie] for trie in build_tries(part, numbers, share)]
@@ -1291,12 +1311,12 @@ def score_groups(
     return [[values[number[s.tobytes()]] for s in group] for group in groups]
 
 
-def _split_group(sequences: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+def _split_group(sequences: list[np.ndarray], row_tokens: int) -> Iterator[list[np.ndarray]]:
     """Splits sorted sequences so that the trie of each part fits a row."""
     part, n_tokens, previous = [], 0, np.empty(0, np.int32)
     for sequence in sequences:
         new = len(sequence) - _common_prefix(previous, sequence)
-        if part and n_tokens + new > ROW_TOKENS:
+        if part and n_tokens + new > row_tokens:
             yield part
             part, n_tokens, new = [], 0, len(sequence)
         part, n_tokens, previous = [*part, sequence], n_tokens + new, sequence

@@ -7,25 +7,27 @@
     python evaluate.py --curve RUN1 RUN2 ... [--plot curve.png]
     python evaluate.py RUN --score answers.jsonl        # one reward a line, for best-of-n
 
-RUN is a folder of train.py, or any Hugging Face sequence-classification model made of a decoder and
-a `score` head with one label. Pairs are read by `read_pairs` (critique_rm.py); answers are single
-records {prompt, response, critique?, id?}. --scores keeps one line a pair, --json the tables. A probe
-scores the same pairs with their critiques changed, to see whether the model reads them; --compare
-says whether one model beats another on the pairs that both have scored; --curve reads runs of
-train.py on different numbers of pairs (--max-pairs), with and without critiques, of several seeds,
-and says how many plain pairs one pair with critiques is worth.
+RUN is a folder of train.py, or any Hugging Face sequence-classification model made of a decoder
+and a `score` head with one label. Pairs are read by `read_pairs` (critique_rm.py); answers are
+single records {prompt, response, critique?, id?}. A probe scores the same pairs with their
+critiques changed, to see whether the model reads them; --compare says whether one model beats another on the
+pairs that both have scored; --curve reads runs of train.py on different numbers of pairs
+(--max-pairs), with different critiques or none (--critiques, --no-critiques), of several seeds, and
+says how many plain pairs one pair with critiques is worth.
 
-Accuracy counts a tie as wrong, as RewardBench does (Lambert et al., arXiv 2403.13787). Intervals are
-percentiles of a bootstrap over prompts, since pairs over one prompt are not independent; p values
-are those of flipping the sign of the difference of each prompt at random.
+Accuracy counts a tie as wrong, as RewardBench does (Lambert et al., arXiv 2403.13787). Intervals
+are percentiles of a bootstrap over prompts, since pairs over one prompt are not independent; p
+values are those of flipping the sign of the difference of each prompt at random.
 """
 
 import argparse
+import base64
+import io
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,39 +50,26 @@ READS_CRITIQUES = (
     "swapped; one that reads nothing else keeps it without the response."
 )
 # Pairs behind each accuracy in a section, as RewardBench weighs them; math-prm has 447 real pairs.
+# fmt: off
 REWARDBENCH = {
     "Chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
+        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
+        "mt-bench-easy": 28, "mt-bench-med": 40,
     },
     "Chat Hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
+        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
-        "donotanswer": 136,
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+        "xstest-should-respond": 250, "donotanswer": 136,
     },
     "Reasoning": {
-        "math-prm": 984,
-        "hep-cpp": 164,
-        "hep-go": 164,
-        "hep-java": 164,
-        "hep-js": 164,
-        "hep-python": 164,
-        "hep-rust": 164,
+        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
+        "hep-python": 164, "hep-rust": 164,
     },
 }
+# fmt: on
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
@@ -92,39 +81,40 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="folder or Hub name of a reward model")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", help="preference pairs to test on")
-    what.add_argument("--score", metavar="ANSWERS", help="single answers to score")
-    what.add_argument(
-        "--compare", nargs=2, metavar="SCORES", help="two files of --scores, or of two runs"
-    )
-    what.add_argument("--curve", nargs="+", metavar="RUN", help="folders of train.py")
-    parser.add_argument("--plot", metavar="FILE", help="draw the curve there (needs matplotlib)")
-    parser.add_argument(
-        "--probe", choices=PROBES, action="append", default=[], help="change the critiques; repeatable"
-    )
-    parser.add_argument("--no-critiques", action="store_true", help="leave critiques out of the input")
-    parser.add_argument("--skip-bad", action="store_true", help="count bad records, do not refuse")
-    parser.add_argument("--max-length-tokens", type=int, help="of a sequence (default: the model's)")
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="computed at a time")
-    parser.add_argument(
-        "--judge", metavar="FILE", action="append", default=[], help="verdicts of generate.py"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--json", metavar="FILE", help="write the table there too")
-    parser.add_argument("--scores", metavar="FILE", help="write one line a pair there")
-    parser.add_argument("--html", metavar="FILE", help="write a page to look at the pairs there")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="folder or Hub name of a model")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--data", metavar="PAIRS", help="preference pairs to test on")
+    add("--score", metavar="ANSWERS", help="single answers to score")
+    add("--compare", nargs=2, metavar="SCORES", help="two files of --scores, or of two runs")
+    add("--curve", nargs="+", metavar="RUN", help="folders of train.py")
+    add = parser.add_argument_group("input").add_argument
+    add("--no-critiques", action="store_true", help="leave critiques out of the input")
+    add("--critiques", metavar="FILE", help="take them from there, by the id of a pair")
+    add("--skip-bad", action="store_true", help="count bad records, do not refuse")
+    add("--max-length-tokens", type=int, help="of a sequence (default: the model's)")
+    add("--micro-batch-tokens", type=int, default=4096, help="computed at a time on a rank")
+    add = parser.add_argument_group("table").add_argument
+    add("--probe", choices=PROBES, action="append", default=[], help="another row; repeatable")
+    add("--judge", metavar="FILE", action="append", default=[], help="verdicts of generate.py")
+    add("--seed", type=int, default=0, help="of bootstrap, sign flips and shuffling")
+    add = parser.add_argument_group("files to write").add_argument
+    add("--json", metavar="FILE", help="the table")
+    add("--scores", metavar="FILE", help="one line a pair")
+    add("--html", metavar="FILE", help="a page to look at the pairs")
+    add("--plot", metavar="FILE", help="a picture of the curve (needs matplotlib)")
     args = parser.parse_args(argv)
-    with_data = args.scores or args.judge or args.probe or args.html
-    if not args.data and with_data or args.score and args.json:
-        parser.error("--scores, --judge, --probe, --html go with --data, --json not with --score")
+    with_data = args.scores or args.judge or args.probe or args.html or args.critiques
+    if not args.data and with_data:
+        parser.error("--scores, --judge, --probe, --html and --critiques go with --data")
+    if args.score and args.json:
+        parser.error("--json does not go with --score")
     if bool(args.run) == bool(args.compare or args.curve) or args.plot and not args.curve:
         parser.error("RUN goes with --data or --score, and --plot with --curve")
     for path in args.judge:
         if not Path(path).is_file():
             parser.error(f"{path}: no such file")
-    for path in filter(None, (args.json, args.scores, args.html, args.plot)):  # known before hours of scoring
+    outputs = (args.json, args.scores, args.html, args.plot)
+    for path in filter(None, outputs):  # before hours of scoring
         if not Path(path).absolute().parent.is_dir():
             parser.error(f"{path}: there is no such folder")
     return args
@@ -140,13 +130,13 @@ class Row:
 
     scorer: str
     subset: str
+    pairs: int | None  # None: a weighted mean of subsets
     accuracy: float
     low: float | None = None  # ends of the 95 % interval
     high: float | None = None
-    pairs: int | None = None  # None: a weighted mean of subsets
-    coverage: float | None = None  # the share of all pairs that got an answer
     ties: float | None = None
     inconsistent: float | None = None  # verdicts that change with the order of the responses
+    coverage: float | None = None  # the share of all pairs that got an answer
 
 
 @dataclass(frozen=True)
@@ -172,14 +162,17 @@ class Opinions:
         """Accuracy with interval, out of the `n_pairs` that there are."""
         low, high = bootstrap_interval(self.correct, [s.prompt_id for s in self.scores], seed)
         ties, inconsistent = (
-            None if array is None else float(array.mean()) for array in (self.ties, self.inconsistent)
+            None if array is None else float(array.mean())
+            for array in (self.ties, self.inconsistent)
         )
         n, accuracy = len(self.scores), float(self.correct.mean())
-        return Row(self.scorer, subset, accuracy, low, high, n, n / n_pairs, ties, inconsistent)
+        return Row(self.scorer, subset, n, accuracy, low, high, ties, inconsistent, n / n_pairs)
 
 
-def bootstrap_interval(correct: np.ndarray, prompt_ids: list[str], seed: int) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of (B,) values, whole prompts drawn with replacement."""
+def bootstrap_interval(
+    correct: np.ndarray, prompt_ids: list[str], seed: int
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of (B,) values, prompts drawn with replacement."""
     _, cluster = np.unique(prompt_ids, return_inverse=True)
     n_correct, n_pairs = np.bincount(cluster, correct), np.bincount(cluster)
     n = len(n_pairs)
@@ -189,7 +182,7 @@ def bootstrap_interval(correct: np.ndarray, prompt_ids: list[str], seed: int) ->
 
 
 def sign_flip_p(differences: np.ndarray, prompt_ids: list[str], seed: int) -> float:
-    """How often prompts with signs at random differ as much in sum: the two-sided p of no difference.
+    """The two-sided p of no difference: how often random signs of prompts give as large a sum.
 
     A Monte Carlo permutation test; with its own draw counted, p is never 0 (Phipson & Smyth 2010).
     """
@@ -218,14 +211,14 @@ class Difference:
 
     subset: str
     pairs: int
-    accuracy_a: float
-    accuracy_b: float
+    accuracy_of_A: float
+    accuracy_of_B: float
     difference: float
     low: float  # ends of the 95 % interval
     high: float
     p: float  # of subsets: after Holm's correction
-    only_a: int  # McNemar's counts: pairs that only A, or only B, has right
-    only_b: int
+    only_A_right: int  # McNemar's counts
+    only_B_right: int
 
 
 def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Difference]:
@@ -235,9 +228,12 @@ def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Diffe
     """
     others = {score.id: score for score in b}
     common = [(score, others[score.id]) for score in a if score.id in others]
-    say(f"{len(common)} pairs in both; {len(a) - len(common)} only in A, {len(b) - len(common)} in B")
+    n = len(common)
+    say(f"{n} pairs in both; {len(a) - n} only in A, {len(b) - n} in B")
     if not common or any(one.prompt_id != other.prompt_id for one, other in common):
-        raise CritiqueRMError("the two files do not hold scores of the same pairs; score one file twice")
+        raise CritiqueRMError(
+            "the two files do not hold scores of the same pairs; score one file twice"
+        )
     subsets = np.array([one.subset for one, _ in common])
     prompts = np.array([one.prompt_id for one, _ in common])
     right = np.array([[s.chosen_reward > s.rejected_reward for s in two] for two in common], float)
@@ -259,34 +255,38 @@ def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Diffe
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a learning curve: mean accuracy over seeds after training on `pairs` pairs."""
+    """One point of a learning curve: mean accuracy over seeds after training on so many pairs."""
 
-    pairs: int
-    critiques: bool
+    critiques: str  # which: "none", "of the data", or the name of the file they were taken from
+    training_pairs: int
     seeds: int
     accuracy: float
     low: float  # ends of the 95 % interval
     high: float
-    worth: str = ""  # plain pairs that one pair with critiques is worth, with 95 % interval
+    worth_in_plain_pairs: str = ""  # of one pair with critiques, with its 95 % interval
 
 
-def read_curve(folders: Sequence[str]) -> dict[tuple[bool, int], list[list[PairScore]]]:
-    """The scores on the first test file of each run, by (with critiques, number of pairs)."""
-    runs: dict[tuple[bool, int], list[list[PairScore]]] = {}
+Runs = dict[tuple[str, int], list[list[PairScore]]]  # by critiques and number of training pairs
+
+
+def read_curve(folders: Sequence[str]) -> Runs:
+    """The scores of each run on its first test file."""
+    runs: Runs = {}
     for folder in folders:
         try:
             record = json.loads((Path(folder) / "run.json").read_text())
-            arguments, _ = record["arguments"], record["summary"]
+            arguments, n_pairs = record["arguments"], record["summary"]["pairs"]
         except (OSError, ValueError, KeyError):
             raise CritiqueRMError(f"{folder}: not a finished run of train.py") from None
         name = Path(next(iter(record["results"]), "none")).name.split(".")[0]
-        key = not arguments["no_critiques"], record["summary"]["pairs"] // arguments["epochs"]
+        critiques = Path(arguments["critiques"] or "of the data").name.split(".")[0]
+        key = "none" if arguments["no_critiques"] else critiques, n_pairs // arguments["epochs"]
         runs.setdefault(key, []).append(read_scores(str(Path(folder) / f"scores-{name}.jsonl")))
-    return dict(sorted(runs.items()))
+    return dict(sorted(runs.items(), key=lambda item: (item[0][0] != "none", item[0])))
 
 
-def measure_curve(runs: dict[tuple[bool, int], list[list[PairScore]]], seed: int) -> list[Point]:
-    """The points of both curves, and the worth of a pair with critiques.
+def measure_curve(runs: Runs, seed: int) -> list[Point]:
+    """The points of all curves, and the worth of a pair with critiques.
 
     Prompts are resampled for all runs alike, so the interval of the worth is a paired one.
     """
@@ -304,20 +304,23 @@ def measure_curve(runs: dict[tuple[bool, int], list[list[PairScore]]], seed: int
         by_id = [{s.id: s.chosen_reward > s.rejected_reward for s in scores} for scores in many]
         correct = np.mean([[right[s.id] for s in first] for right in by_id], axis=0)
         accuracy[key] = draws @ np.bincount(cluster, correct) / (draws @ np.bincount(cluster))
-    plain = [key for key in runs if not key[0]]
+    plain = {size: values for (critiques, size), values in accuracy.items() if critiques == "none"}
     points = []
-    for key, values in accuracy.items():
+    for (critiques, size), values in accuracy.items():
         low, high = np.quantile(values[1:], [0.025, 0.975])
-        worth = ""
-        if key[0] and len(plain) > 1:
-            curves = np.stack([accuracy[other] for other in plain], 1)  # (1 + N_RESAMPLES, points)
-            sizes = [size for _, size in plain]
-            found = [equal_pairs(a, sizes, curve) / key[1] for a, curve in zip(values, curves)]
-            ends = np.quantile(found[1:], [0.025, 0.975], method="nearest")
-            limits = sizes[0] / key[1], sizes[-1] / key[1]
-            worth = "{} ({} to {})".format(*(show_worth(x, *limits) for x in (found[0], *ends)))
-        points.append(Point(key[1], key[0], len(runs[key]), values[0], low, high, worth))
+        worth = measure_worth(values, size, plain) if critiques != "none" and len(plain) > 1 else ""
+        n_seeds = len(runs[critiques, size])
+        points.append(Point(critiques, size, n_seeds, float(values[0]), low, high, worth))
     return points
+
+
+def measure_worth(values: np.ndarray, n_pairs: int, plain: dict[int, np.ndarray]) -> str:
+    """How many plain pairs give the accuracy of `n_pairs` with critiques, over `n_pairs`."""
+    sizes, curves = list(plain), np.stack(list(plain.values()), 1)  # (1 + N_RESAMPLES, points)
+    found = [equal_pairs(value, sizes, curve) / n_pairs for value, curve in zip(values, curves)]
+    ends = np.quantile(found[1:], [0.025, 0.975], method="nearest")
+    limits = sizes[0] / n_pairs, sizes[-1] / n_pairs
+    return "{} ({} to {})".format(*(show_worth(x, *limits) for x in (found[0], *ends)))
 
 
 def equal_pairs(accuracy: float, sizes: Sequence[int], curve: np.ndarray) -> float:
@@ -339,32 +342,65 @@ def show_worth(worth: float, lowest: float, highest: float) -> str:
 
 
 def plot_curve(points: Sequence[Point], path: str) -> None:
+    """Accuracy over training pairs by kind of critiques; beside it that at the most pairs."""
+    pyplot = load_pyplot()
+    if pyplot is None:
+        raise CritiqueRMError("--plot needs matplotlib; run: pip install matplotlib")
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 4), layout="constrained", sharey=True
+    )
+    for n, critiques in enumerate(dict.fromkeys(point.critiques for point in points)):
+        those = [point for point in points if point.critiques == critiques]
+        sizes, accuracy = [p.training_pairs for p in those], np.array([p.accuracy for p in those])
+        ends = np.abs([accuracy - [p.low for p in those], [p.high for p in those] - accuracy])
+        if len(those) > 1:
+            left.errorbar(sizes, accuracy, ends, marker="o", capsize=3, label=critiques)
+        right.errorbar([critiques], accuracy[-1:], ends[:, -1:], marker="o", capsize=3)
+    left.set(xscale="log", xlabel="training pairs", ylabel="test accuracy")
+    left.legend(title="critiques")
+    right.set(xlabel="critiques, at the most training pairs")
+    right.tick_params(axis="x", rotation=30)
+    figure.savefig(path, dpi=150)
+
+
+def draw_margins(scores: list[PairScore]) -> str:
+    """What margins go with: length, and being right. A picture as URL, empty without matplotlib."""
+    if (pyplot := load_pyplot()) is None:
+        return ""
+    margin, longer = margins_and_lengths(scores)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.scatter(longer, margin, s=8)
+    left.axhline(0, color="gray", linewidth=1)
+    left.set(xlabel="words of chosen - words of rejected", ylabel="margin of rewards")
+    _, confidence, accuracy = calibrate(margin)
+    right.plot([0.5, 1], [0.5, 1], color="gray", linewidth=1)
+    right.plot(confidence, accuracy, marker="o")
+    right.set(xlabel="confidence: σ(|margin|)", ylabel="accuracy")
+    figure.savefig(file := io.BytesIO(), dpi=100)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def load_pyplot():
+    """matplotlib's drawing part, without a screen; None if it is not installed."""
     try:
         import matplotlib
     except ImportError:
-        raise CritiqueRMError("--plot needs matplotlib; run: pip install matplotlib") from None
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for critiques, label in ((True, "with critiques"), (False, "without")):
-        those = [point for point in points if point.critiques == critiques]
-        sizes, accuracy = [p.pairs for p in those], np.array([p.accuracy for p in those])
-        ends = [accuracy - [p.low for p in those], [p.high for p in those] - accuracy]
-        axes.errorbar(sizes, accuracy, yerr=np.abs(ends), marker="o", capsize=3, label=label)
-    axes.set(xscale="log", xlabel="training pairs", ylabel="test accuracy")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    return pyplot
 
 
 def measure_robustness(scores: list[PairScore]) -> dict[str, float]:
     """What accuracy alone does not say: length, calibration, and the level of the rewards."""
-    margin = np.array([s.chosen_reward - s.rejected_reward for s in scores])
-    longer = np.array([s.chosen_words - s.rejected_words for s in scores])
+    margin, longer = margins_and_lengths(scores)
     figures = {}
     for name, here in (("longer", longer > 0), ("shorter", longer < 0)):
         if here.any():
-            figures[f"accuracy where chosen is {name} ({here.sum()} pairs)"] = (margin[here] > 0).mean()
+            figures[f"accuracy where chosen is {name} ({here.sum()} pairs)"] = (
+                margin[here] > 0
+            ).mean()
     if margin.std() and longer.std():
         figures["correlation of margin and length difference"] = np.corrcoef(margin, longer)[0, 1]
     figures["log loss"] = np.logaddexp(0, -margin).mean()
@@ -375,15 +411,28 @@ def measure_robustness(scores: list[PairScore]) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
 
 
-def calibration_error(margin: np.ndarray, n_bins: int = 10) -> float:
+def margins_and_lengths(scores: list[PairScore]) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) each: reward and words of chosen less those of rejected."""
+    margin = [s.chosen_reward - s.rejected_reward for s in scores]
+    return np.array(margin), np.array([s.chosen_words - s.rejected_words for s in scores])
+
+
+def calibration_error(margin: np.ndarray) -> float:
     """Of σ(|margin|), the confidence in the response preferred (Guo et al., arXiv 1706.04599).
 
     The mean distance of confidence and accuracy in bins of equal width from 0.5 to 1.
     """
+    n_in_bin, confidence, accuracy = calibrate(margin)
+    return float(n_in_bin @ np.abs(accuracy - confidence) / len(margin))
+
+
+def calibrate(margin: np.ndarray, n_bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Number of pairs, mean σ(|margin|) and accuracy in those bins of it that hold any."""
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     bins = np.minimum((2 * confidence - 1) * n_bins, n_bins - 1).astype(int)
-    gaps = np.bincount(bins, (margin > 0) - confidence, n_bins)
-    return float(np.abs(gaps).sum() / len(margin))
+    _, bins, n_in_bin = np.unique(bins, return_inverse=True, return_counts=True)
+    means = (np.bincount(bins, values) / n_in_bin for values in (confidence, margin > 0))
+    return n_in_bin, *means
 
 
 def apply_probe(pairs: list[Pair], probe: str, seed: int) -> list[Pair]:
@@ -397,16 +446,25 @@ def apply_probe(pairs: list[Pair], probe: str, seed: int) -> list[Pair]:
     elif probe == "response-only":
         return pairs
     else:
-        both = [(pair.chosen_critiques, pair.rejected_critiques) for pair in pairs]
-        rng = np.random.default_rng(seed)
-        for subset in sorted({pair.subset for pair in pairs}):
-            places = [(n, side) for n, p in enumerate(pairs) if p.subset == subset for side in (0, 1)]
-            moved = [both[n][side] for n, side in (places[k] for k in rng.permutation(len(places)))]
-            for (n, _), *two in zip(places[::2], moved[::2], moved[1::2]):
-                both[n] = tuple(two)
+        return shuffle_critiques(pairs, seed)
     return [
         replace(pair, chosen_critiques=chosen, rejected_critiques=rejected)
         for pair, (chosen, rejected) in zip(pairs, both)
+    ]
+
+
+def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[Pair]:
+    """Exchanges the critiques of a random share of the responses of each subset at random."""
+    critiques = {(n, s): a.critiques for n, p in enumerate(pairs) for s, a in enumerate(p.answers)}
+    rng = np.random.default_rng(seed)
+    for subset in sorted({pair.subset for pair in pairs}):
+        places = [place for place in critiques if pairs[place[0]].subset == subset]
+        drawn = rng.permutation(len(places))[: round(share * len(places))]
+        moved = [critiques[places[k]] for k in rng.permutation(drawn)]
+        critiques |= {places[k]: texts for k, texts in zip(drawn, moved)}
+    return [
+        replace(pair, chosen_critiques=critiques[n, 0], rejected_critiques=critiques[n, 1])
+        for n, pair in enumerate(pairs)
     ]
 
 
@@ -425,7 +483,9 @@ def collect_opinions(
             by_margin(name, those, [s.chosen_reward - s.rejected_reward for s in those])
             for name, those in {"reward model": scores, **probed}.items()
         ),
-        by_margin("longer response wins", scores, [s.chosen_words - s.rejected_words for s in scores]),
+        by_margin(
+            "longer response wins", scores, [s.chosen_words - s.rejected_words for s in scores]
+        ),
         by_margin(
             "longer critique wins",
             reviewed,
@@ -466,7 +526,7 @@ def tabulate(
     n_by_subset: Counter[str] | None = None,
     judges: Sequence[str] = (),
     seed: int = 0,
-    probed: dict[str, list[PairScore]] = {},
+    probed: dict[str, list[PairScore]] | None = None,
 ) -> list[Row]:
     """All rows of the table: for each scorer overall, by subset, and by RewardBench section.
 
@@ -474,12 +534,14 @@ def tabulate(
     """
     rows = []
     n_by_subset = n_by_subset or Counter(score.subset for score in scores)
+    probed = probed or {}
     for opinions in collect_opinions(scores, judges, probed):
         rows.append(opinions.measure("all", n_by_subset.total(), seed))
         by_subset = [
             those.measure(subset or "(none)", n, seed)
             for subset, n in sorted(n_by_subset.items())
-            if len(n_by_subset) > 1 and opinions.scorer not in probed and (those := opinions.within(subset)).scores
+            if len(n_by_subset) > 1 and opinions.scorer not in probed
+            if (those := opinions.within(subset)).scores
         ]
         accuracy = {row.subset: row.accuracy for row in by_subset}
         rows += by_subset + rewardbench_rows(opinions.scorer, accuracy)
@@ -493,48 +555,29 @@ def rewardbench_rows(scorer: str, accuracy: dict[str, float]) -> list[Row]:
         for name, weights in REWARDBENCH.items()
         if accuracy.keys() >= weights.keys()
     }
-    rows = [Row(scorer, f"RewardBench {name}", value) for name, value in sections.items()]
+    rows = [Row(scorer, f"RewardBench {name}", None, value) for name, value in sections.items()]
     if len(sections) == len(REWARDBENCH):
-        rows.append(Row(scorer, "RewardBench", sum(sections.values()) / len(sections)))
+        rows.append(Row(scorer, "RewardBench", None, sum(sections.values()) / len(sections)))
     return rows
 
 
 def to_markdown(rows: Sequence[Row | Difference | Point]) -> str:
-    """A table of what the rows hold, without columns that no row fills."""
-    if isinstance(rows[0], Row):
-        columns = {
-            "scored by": lambda row: row.scorer,
-            "subset": lambda row: row.subset,
-            "pairs": lambda row: row.pairs and str(row.pairs),
-            "accuracy": lambda row: f"{row.accuracy:.4f}",
-            "95 % interval": lambda row: row.high is not None and f"{row.low:.3f}–{row.high:.3f}",
-            "ties": lambda row: row.ties is not None and f"{row.ties:.3f}",
-            "inconsistent": lambda row: row.inconsistent is not None and f"{row.inconsistent:.3f}",
-            "coverage": lambda row: row.coverage not in (None, 1) and f"{row.coverage:.3f}",
-        }
-    elif isinstance(rows[0], Point):
-        columns = {
-            "training pairs": lambda row: str(row.pairs),
-            "critiques": lambda row: "with" if row.critiques else "without",
-            "seeds": lambda row: str(row.seeds),
-            "accuracy": lambda row: f"{row.accuracy:.4f}",
-            "95 % interval": lambda row: f"{row.low:.3f}–{row.high:.3f}",
-            "worth in plain pairs": lambda row: row.worth,
-        }
-    else:
-        columns = {
-            "subset": lambda row: row.subset,
-            "pairs": lambda row: str(row.pairs),
-            "A": lambda row: f"{row.accuracy_a:.4f}",
-            "B": lambda row: f"{row.accuracy_b:.4f}",
-            "A − B": lambda row: f"{row.difference:+.4f}",
-            "95 % interval": lambda row: f"{row.low:+.3f} to {row.high:+.3f}",
-            "p": lambda row: f"{row.p:.4f}",
-            "only A right": lambda row: str(row.only_a),
-            "only B right": lambda row: str(row.only_b),
-        }
-    cells = {title: [show(row) or "" for row in rows] for title, show in columns.items()}
-    return layout({title: column for title, column in cells.items() if any(column)})
+    """A table with a column for each field that any of the rows fills."""
+    columns = {}
+    for name in (field.name for field in fields(rows[0])):
+        values = [getattr(row, name) for row in rows]
+        if name == "low":
+            name = "95 % interval"
+            values = [row.low is not None and f"{row.low:.3f} to {row.high:.3f}" for row in rows]
+        if name != "high" and not all(value in (None, "") for value in values):
+            columns[name.replace("_", " ")] = [show(value) for value in values]
+    return layout(columns)
+
+
+def show(value: object) -> str:
+    if value is None or value is False:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def layout(columns: dict[str, list[str]]) -> str:
@@ -551,10 +594,10 @@ def layout(columns: dict[str, list[str]]) -> str:
 PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'">
+script-src 'unsafe-inline'; img-src data:">
 <title>Rewards</title>
 <style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 1rem }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: inherit }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
 td {{ border-bottom: 1px solid #ddd; padding: .15rem .8rem .15rem 0 }}
@@ -578,7 +621,7 @@ h3 {{ font-size: 1em; margin: 0 0 .4rem }}
 <main></main>
 <script type="application/json" id="data">{data}</script>
 <script>
-const {{tables, pairs}} = JSON.parse(document.getElementById("data").textContent);
+const {{tables, picture, pairs}} = JSON.parse(document.getElementById("data").textContent);
 const get = id => document.getElementById(id);
 function add(parent, tag, text, name) {{
   const element = parent.appendChild(document.createElement(tag));
@@ -591,16 +634,19 @@ for (const text of tables) {{
   const table = add(get("tables"), "table", "");
   for (const line of text.split("\\n").filter(line => !line.startsWith("| --- |"))) {{
     const row = add(table, "tr", "");
-    for (const cell of line.slice(2, -2).split(" | ")) add(row, "td", cell.replaceAll("\\\\|", "|"));
+    for (const cell of line.slice(2, -2).split(" | "))
+      add(row, "td", cell.replaceAll("\\\\|", "|"));
   }}
 }}
+if (picture) add(get("tables"), "img", "").src = picture;
 for (const subset of [...new Set(pairs.map(p => p.subset))].sort())
   if (subset) add(get("subset"), "option", subset);
 function show() {{
   const [subset, side, order] = ["subset", "side", "order"].map(id => get(id).value);
   const margin = p => p.chosen.reward - p.rejected.reward;
   const shown = pairs
-    .filter(p => (!subset || p.subset === subset) && (!side || (margin(p) > 0) === (side === "right")))
+    .filter(p => !subset || p.subset === subset)
+    .filter(p => !side || (margin(p) > 0) === (side === "right"))
     .sort((a, b) => order * (margin(a) - margin(b)));
   const main = document.querySelector("main");
   main.replaceChildren();
@@ -624,8 +670,10 @@ show();
 """
 
 
-def to_html(tables: list[str], pairs: list[Pair], scores: list[PairScore]) -> str:
-    """One file that needs nothing else; the data stands in it as JSON that cannot end the script."""
+def to_html(
+    tables: list[str], pairs: list[Pair], scores: list[PairScore], picture: str = ""
+) -> str:
+    """One file that needs nothing else; the data stands in it as JSON that cannot end a script."""
     rows = []
     for pair, score in zip(pairs, scores):
         prompt = "\n\n".join(f"{message.role}: {message.content}" for message in pair.prompt)
@@ -637,7 +685,7 @@ def to_html(tables: list[str], pairs: list[Pair], scores: list[PairScore]) -> st
                 "critiques": answer.critiques,
             }
         rows.append(row)
-    data = json.dumps({"tables": tables, "pairs": rows})
+    data = json.dumps({"tables": tables, "picture": picture, "pairs": rows})
     return PAGE.format(data=data.replace("<", "\\u003c"))
 
 
@@ -646,7 +694,7 @@ def to_html(tables: list[str], pairs: list[Pair], scores: list[PairScore]) -> st
 
 def evaluate_pairs(args: argparse.Namespace) -> int:
     """Scores the pairs of --data, also under probes, and prints the tables."""
-    pairs = rm.read_pairs(args.data, args.skip_bad)
+    pairs = rm.read_pairs(args.data, args.skip_bad, args.critiques)
     model, encoder = load(args)
     if args.probe and not encoder.use_critiques:
         raise CritiqueRMError(f"{args.run}: reads no critiques; --probe needs a model that does")
@@ -677,7 +725,8 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
         lines = [f"- {probe}: {PROBES[probe]}" for probe in dict.fromkeys(args.probe)]
         tables.insert(1, "\n".join([*lines, "", READS_CRITIQUES]))
     if args.html:
-        rm.replace_file(Path(args.html), to_html(tables, [e.pair for e in encoded], scores))
+        page = to_html(tables, [e.pair for e in encoded], scores, draw_margins(scores))
+        rm.replace_file(Path(args.html), page)
     if args.json:
         table = description | {"rows": [asdict(row) for row in rows], "robustness": robustness}
         rm.replace_file(Path(args.json), json.dumps(table, indent=2) + "\n")
@@ -702,7 +751,9 @@ def draw_curve(args: argparse.Namespace) -> int:
         plot_curve(points, args.plot)
     if args.json:
         rows = [asdict(point) for point in points]
-        rm.replace_file(Path(args.json), json.dumps({"runs": args.curve, "rows": rows}, indent=2) + "\n")
+        rm.replace_file(
+            Path(args.json), json.dumps({"runs": args.curve, "rows": rows}, indent=2) + "\n"
+        )
     print(to_markdown(points))
     return 0
 

@@ -71,6 +71,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--train", help="pairs to train on (default: the embedded ones)")
     data.add_argument("--test", action="append", help="pairs to test on; may be repeated")
     data.add_argument("--no-critiques", action="store_true", help="the baseline r(x, y)")
+    data.add_argument("--critiques", metavar="FILE", help="take them from there, by the id of a pair")
     data.add_argument("--max-pairs", type=positive_int, help="the first N in the seeded order")
     data.add_argument("--skip-bad", action="store_true", help="count bad records, do not refuse")
     data.add_argument("--max-length-tokens", type=positive_int, default=2048, help="of a sequence")
@@ -730,9 +731,10 @@ def plan(args: argparse.Namespace) -> dict[str, float | bool]:
         "parameters": 4 * n / n_shards,
         "gradients": 4 * n / n_shards,
         "optimizer": 8 * n / n_shards,
-        # what is gathered to compute with: all, or embedding and norm and two of the blocks
-        "gathered": (n_bytes * n if n_shards == 1 else 2 * n_bytes * root + n_bytes * block)
-        + (2 * n_bytes + 4) * block,
+        # weights to compute with: all, or embedding and norm, one block, and the next one's
+        "gathered": n_bytes * n if n_shards == 1 else 2 * n_bytes * (root + block),
+        # gradients of the largest group on their way to their shards: computed, sent, received
+        "reduced": (n_bytes + 8) * max(root, block),
         "activations": kept + whole / len(blocks),  # of all blocks, and of one that is gone through
     }
     total, room = sum(parts.values()), (args.device_gb or memory_gb(args.nproc)) * 1e9
@@ -775,7 +777,7 @@ def run(args: argparse.Namespace) -> dict:
     """All steps from pairs to summary; returns the summary."""
     rm.start_processes()
     names = dict.fromkeys([args.train, *args.test])
-    pairs = {name: rm.read_pairs(name, args.skip_bad) for name in names}
+    pairs = {name: rm.read_pairs(name, args.skip_bad, args.critiques) for name in names}
     folder = Path(rm.on_rank_zero(lambda: str(claim_folder(args))))
     lock = lock_folder(folder)
     path = folder / "run.json"

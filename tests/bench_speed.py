@@ -34,11 +34,14 @@ def main() -> None:
     parser.add_argument("--plain-pairs", default=ROOT / "data/test.jsonl", help="without critiques")
     parser.add_argument("--test", default=ROOT / "data/test.jsonl", help="to score")
     parser.add_argument("--trl", metavar="PYTHON", help="left out: without TRL")
+    parser.add_argument("--halves", type=int, default=2, choices=(1, 2), help="of each file to use")
+    parser.add_argument("--run", help="a finished run: its scoring alone is measured")
     args = parser.parse_args()
-    args.n_parts = 1 if args.model == "tiny" else 2
+    args.n_parts = 1 if args.model == "tiny" else args.halves
     with tempfile.TemporaryDirectory() as folder:
         print("| what | ours | beside | ratio |\n|---|---|---|---|", flush=True)
-        compare_training(args, Path(folder))
+        if not args.run:
+            compare_training(args, Path(folder))
         compare_scoring(args, Path(folder))
 
 
@@ -71,7 +74,7 @@ def compare_training(args: argparse.Namespace, folder: Path) -> None:
 
 
 def compare_scoring(args: argparse.Namespace, folder: Path) -> None:
-    run = str(folder / "with-0.1")  # what the first training left
+    run = args.run or str(folder / "with-0.1")  # what the first training left
     sides = {
         "ours": lambda part: call(sys.executable, "score", run, part, "shared"),
         "pipeline": lambda part: call(sys.executable, "score_with_pipeline", run, part),

@@ -134,6 +134,20 @@ def test_file_kinds_are_told_apart_by_content(tmp_path):
         assert read_pairs(str(tmp_path / "a.txt")) == [FORMATS["ours"][1], pair("☃", id="é")]
 
 
+def test_critiques_come_from_another_file_by_id(tmp_path):
+    first = PLAIN | {"chosen_critique": "old", "rejected_critique": "old"}
+    pairs = write(tmp_path / "pairs", first, first | {"id": "b"})
+    other = write(tmp_path / "other", PLAIN | {"rejected_critique": ["x", "y"]}, PLAIN | {"id": "z"})
+    a, b = read_pairs(pairs, critiques=other)
+    assert (a.id, a.chosen_critiques, a.rejected_critiques) == ("a", (), ("x", "y"))
+    assert (b.id, b.chosen_critiques, b.rejected_critiques) == ("b", (), ())
+    changed = write(tmp_path / "changed", PLAIN | {"chosen": "another"})
+    with pytest.raises(CritiqueRMError, match="changed: 'a' is of another chosen than in .*pairs"):
+        read_pairs(pairs, critiques=changed)
+    with pytest.raises(CritiqueRMError, match="no id in it is one of .*pairs; run generate.py"):
+        read_pairs(pairs, critiques=write(tmp_path / "none", PLAIN | {"id": "z"}))
+
+
 def test_missing_ids_come_from_the_content_and_repeats_are_numbered(tmp_path, capsys):
     bare = {name: value for name, value in PLAIN.items() if name != "id"}
     ids = [p.id for p in read_pairs(write(tmp_path / "a.jsonl", bare, bare | {"margin": 1}, bare))]

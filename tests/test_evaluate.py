@@ -1,7 +1,9 @@
 """evaluate.py: the statistics against values by hand, the command as its users run it."""
 
+import base64
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -129,13 +131,14 @@ def test_a_comparison_by_hand(capsys):
     b = [score(n, margin, "xy"[n % 2]) for n, margin in enumerate([1, -1, -1, 1, 1])]
     overall, x, y = evaluate.compare(a, [*b, score(9, 1.0)])
     assert "5 pairs in both; 1 only in A, 1 in B" in capsys.readouterr().err
-    assert (overall.pairs, overall.accuracy_a, overall.accuracy_b) == (5, 0.8, 0.6)
-    assert (overall.difference, overall.only_a, overall.only_b) == (pytest.approx(0.2), 2, 1)
+    assert (overall.pairs, overall.accuracy_of_A, overall.accuracy_of_B) == (5, 0.8, 0.6)
+    assert (overall.only_A_right, overall.only_B_right) == (2, 1)
+    assert overall.difference == pytest.approx(0.2)
     assert overall.low < 0 < overall.high and overall.p == pytest.approx(1.0, abs=0.01)
     assert (x.subset, x.pairs, x.difference) == ("x", 3, pytest.approx(1 / 3))
     assert (y.subset, y.pairs, y.difference) == ("y", 2, 0.0)
     table = evaluate.to_markdown([overall, x, y])
-    assert "| all | 5 | 0.8000 | 0.6000 | +0.2000 |" in table
+    assert "| all | 5 | 0.8000 | 0.6000 | 0.2000 |" in table
     with pytest.raises(CritiqueRMError, match="not hold scores of the same pairs"):
         evaluate.compare(a, [score(0, 1.0, "x", prompt="another")])
 
@@ -178,6 +181,16 @@ def test_probes_move_critiques_and_nothing_else():
     assert [(p.chosen, p.rejected) for p in shuffled] == [(p.chosen, p.rejected) for p in pairs]
 
 
+def test_shuffling_a_share_moves_no_more_than_that():
+    pairs = [Pair(str(n), (), "c", "r", (f"+{n}",), (f"-{n}",), subset="ab"[n % 2]) for n in range(40)]
+    assert evaluate.shuffle_critiques(pairs, 0, share=0.0) == pairs
+    after = evaluate.shuffle_critiques(pairs, 0, share=0.25)
+    texts = [[p.chosen_critiques + p.rejected_critiques for p in those] for those in (pairs, after)]
+    n_moved = int((np.array(texts[0]) != np.array(texts[1])).sum())
+    assert 14 <= n_moved <= 20  # a critique drawn may by chance return to its place
+    assert sorted(sum(texts[0], ())) == sorted(sum(texts[1], ()))
+
+
 def test_equal_pairs_by_hand():
     curve = np.array([0.5, 0.6, 0.8])
     sizes = [10, 100, 1000]
@@ -197,25 +210,26 @@ def test_a_curve_by_hand():
         return [score(n, 1.0 if n < n_right else -1.0) for n in range(40)]
 
     runs = {
-        (False, 10): [right(20)],
-        (False, 1000): [right(30)],
-        (True, 10): [right(24), right(26)],
-        (True, 1000): [right(39)],
+        ("none", 10): [right(20)],
+        ("none", 1000): [right(30)],
+        ("weak", 10): [right(24), right(26)],
+        ("weak", 1000): [right(39)],
     }
     points = evaluate.measure_curve(runs, seed=0)
     assert [p.accuracy for p in points] == pytest.approx([0.5, 0.75, 0.625, 0.975])
     assert [p.seeds for p in points] == [1, 1, 2, 1]
-    assert points[0].worth == "" and points[2].worth.startswith("10 (")  # 10**2 pairs over 10
-    assert points[3].worth == "more than 1 (more than 1 to more than 1)"
+    worth = [p.worth_in_plain_pairs for p in points]
+    assert worth[0] == "" and worth[2].startswith("10 (")  # 10**2 pairs over 10
+    assert worth[3] == "more than 1 (more than 1 to more than 1)"
     assert points[0].low < 0.5 < points[0].high
-    assert "| 10 | with | 2 | 0.6250 |" in evaluate.to_markdown(points)
+    assert "| weak | 10 | 2 | 0.6250 |" in evaluate.to_markdown(points)
 
 
 def test_a_curve_reads_what_train_leaves(finished, capsys):
     folder, out, _ = finished
     assert evaluate.draw_curve(evaluate.parse_arguments(["--curve", str(folder), str(folder)])) == 0
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
-    assert f"| 10 | with | 2 | {accuracy:.4f} |" in capsys.readouterr().out
+    assert f"| of the data | 10 | 2 | {accuracy:.4f} |" in capsys.readouterr().out
 
 
 def test_the_page_holds_the_data_as_text_that_cannot_end_its_script():
@@ -230,6 +244,17 @@ def test_the_page_holds_the_data_as_text_that_cannot_end_its_script():
     assert not re.search(r"https?:|src=|@import", page.replace(data, ""))
 
 
+def test_the_page_shows_margins_where_matplotlib_is(monkeypatch):
+    scores = [score(n, margin, words=(n, 2)) for n, margin in enumerate([2.0, -1.0, 0.5])]
+    if evaluate.load_pyplot():
+        picture = base64.b64decode(evaluate.draw_margins(scores).partition(",")[2])
+        assert picture.startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert evaluate.draw_margins(scores) == ""
+    with pytest.raises(CritiqueRMError, match="pip install matplotlib"):
+        evaluate.plot_curve([], "curve.png")
+
+
 def test_probes_of_a_run_stand_beside_its_accuracy(finished, test_file, mesh, capsys, tmp_path):
     folder, out, _ = finished
     probes = ["swapped", "response-only"]
@@ -242,9 +267,18 @@ def test_probes_of_a_run_stand_beside_its_accuracy(finished, test_file, mesh, ca
     assert f"| reward model | all | 12 | {accuracy:.4f} |" in table
     assert "| reward model, swapped | all | 12 |" in table
     assert "- response-only: critiques and separator removed" in table
+    swapped = [json.loads(line) for line in test_file.read_text().splitlines()]
+    for row in swapped:
+        row["chosen_critique"], row["rejected_critique"] = row["rejected_critique"], row["chosen_critique"]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    options = ["--data", str(test_file), "--critiques", str(other)]
+    assert evaluate.evaluate_pairs(evaluate.parse_arguments([str(folder), *options])) == 0
+    (probed,) = (line for line in table.splitlines() if line.startswith("| reward model, swapped"))
+    assert probed.replace(", swapped", "") in capsys.readouterr().out
     two = ["--compare", str(scores), str(folder / "scores-test.jsonl")]
     assert evaluate.compare_scores(evaluate.parse_arguments(two)) == 0
-    assert f"| all | 12 | {accuracy:.4f} | {accuracy:.4f} | +0.0000 |" in capsys.readouterr().out
+    assert f"| all | 12 | {accuracy:.4f} | {accuracy:.4f} | 0.0000 |" in capsys.readouterr().out
 
 
 def test_evaluating_a_run_repeats_its_test(finished, test_file, tmp_path):
