@@ -53,7 +53,7 @@ MAY_CHANGE_ON_RESUME = (
     *("save_every_steps", "eval_every_steps", "shard_group", "plan", "nproc", "device_gb"),
 )
 SAVE_EVERY_SECONDS = 600  # whatever --save-every-steps says
-FILE_BYTES = 2**28  # in a file of a checkpoint, of each rank
+FILE_BYTES = 2**26  # in a file of a checkpoint, of each rank
 FLAT_STEPS = 20  # with which the loss is called flat
 
 # --------------------------------------------------------------------------------------------------
@@ -731,8 +731,9 @@ def plan(args: argparse.Namespace) -> dict[str, float | bool]:
         "parameters": 4 * n / n_shards,
         "gradients": 4 * n / n_shards,
         "optimizer": 8 * n / n_shards,
-        # weights to compute with: all, or embedding and norm, one block, and the next one's
-        "gathered": n_bytes * n if n_shards == 1 else 2 * n_bytes * (root + block),
+        # weights to compute with, and gradients: of a replica all, else (copied from what is
+        # received) embedding and norm, a block, and the next one
+        "gathered": (n_bytes + 4) * n if n_shards == 1 else 2 * n_bytes * (root + block),
         # gradients of the largest group on their way to their shards: computed, sent, received
         "reduced": (n_bytes + 8) * max(root, block),
         "activations": kept + whole / len(blocks),  # of all blocks, and of one that is gone through
