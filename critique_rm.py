@@ -2,8 +2,8 @@
 
 The path of one preference pair, top to bottom: a record is read (`read_pairs`), each of its answers
 becomes token ids (`Encoder`), answers that share a beginning become one trie (`build_trie`), tries
-become micro-batches (`pack`), the model reads them (`compute_rewards`), and two rewards become a loss
-(`pairwise_loss`). train.py, generate.py and evaluate.py import from here and never from each other.
+become micro-batches (`pack`), the model reads them (`compute_rewards`), and two rewards become a
+loss (`pairwise_loss`). train.py, generate.py and evaluate.py import from here, never each other.
 
 Method: Ye et al., "Improving Reward Models with Synthetic Critiques", arXiv 2405.20850.
 
@@ -26,11 +26,12 @@ import zlib
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 import numpy as np
@@ -56,7 +57,21 @@ T = TypeVar("T")
 
 
 class CritiqueRMError(Exception):
-    """A mistake in the input or the surroundings; its text says where, what was found, what to do."""
+    """A mistake in the input or the surroundings: where it is, what was found, what to do."""
+
+
+@contextmanager
+def explain(problem: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns errors of other packages into a CritiqueRMError that adds what they say."""
+    try:
+        yield
+    except kinds as error:
+        raise CritiqueRMError(f"{problem} ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).partition("; use sys.")[0]  # there Python advises its programmers
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
 def say(message: str) -> None:
@@ -116,6 +131,7 @@ class Pair:
         )
 
 
+SIDES = ("chosen", "rejected")
 ROLES = ("system", "developer", "user", "assistant", "tool")  # templates print them: no free text
 MAX_LINE_BYTES = 16 * 2**20
 CRITIQUES_MISSING = "run generate.py on it first, or pass --no-critiques"
@@ -132,42 +148,42 @@ def read_pairs(source: str, skip_bad: bool = False) -> list[Pair]:
     Raises CritiqueRMError naming file, line, field, what was found and what to do; with `skip_bad`
     records that are wrong in themselves are left out and counted instead.
     """
-    pairs, n_ties, bad = [], 0, []
-    for where, record in _read_records(source):
-        try:
-            pair = _parse_pair(_object(record, where), where)
-        except CritiqueRMError as error:
-            if not skip_bad:
-                raise
-            bad.append(str(error))
-            continue
-        if pair:
-            pairs.append((where, pair))
-        else:
-            n_ties += 1
-    if bad:
-        say(f"{source}: {len(bad)} bad records skipped, the first: {bad[0]}")
-    if n_ties:
+    found = list(read_rows(source, _parse_pair, skip_bad))
+    decided = [(where, pair) for where, pair in found if pair]
+    if n_ties := len(found) - len(decided):
         say(f"{source}: {n_ties} pairs without a majority for one side dropped")
-    if not pairs:
-        raise CritiqueRMError(f"{source}: no preference pair in it; expected one JSON object a line")
-    return _with_unique_ids(pairs, source)
+    if not decided:
+        raise CritiqueRMError(f"{source}: no preference pair in it; expected a JSON object a line")
+    return _with_unique_ids(decided, source)
 
 
 def read_answers(source: str) -> list[Answer]:
     """Reads single records {prompt, response, critique?, id?}, to be scored on their own."""
-    answers = [
-        Answer(
-            _prompt(row, where),
-            _text(row, "response", where, may_be_empty=True),
-            _critiques(row, "critique", where),
-            _id(row, "id", where),
-        )
-        for where, row in read_rows(source)
-    ]
+    answers = [answer for _, answer in read_rows(source, _parse_answer)]
     if not answers:
-        raise CritiqueRMError(f"{source}: no answer in it; expected one JSON object a line")
+        raise CritiqueRMError(f"{source}: no answer in it; expected a JSON object a line")
     return answers
+
+
+def read_rows(
+    source: str, parse: Callable[[dict], Any] = dict, skip_bad: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Yields (where, what `parse` makes of the object) from a file or a Hub data set.
+
+    Raises CritiqueRMError that begins with `where`; `skip_bad` says how many it left out instead.
+    """
+    bad = []
+    for where, record in _read_records(source):
+        try:
+            parsed = parse(_object(record))
+        except CritiqueRMError as error:
+            bad.append(f"{where}: {error}")
+            if not skip_bad:
+                raise CritiqueRMError(bad[0]) from None
+        else:
+            yield where, parsed
+    if bad:
+        say(f"{source}: {len(bad)} bad records skipped, the first: {bad[0]}")
 
 
 def digest(*values: object) -> str:
@@ -185,22 +201,15 @@ def _with_unique_ids(located: list[tuple[str, Pair]], source: str) -> list[Pair]
                 f"{where}: id {pair.id!r} was already used at {seen[pair.id]}; "
                 "make ids unique, or remove them and they are made from the content"
             )
-        if not pair.id:
-            content = digest(asdict(pair))
-            names = (f"{content}-{n}" if n > 1 else content for n in itertools.count(1))
-            pair = replace(pair, id=next(name for name in names if name not in seen))
-            n_repeats += pair.id != content
-        seen[pair.id] = where
-        pairs.append(pair)
+        wanted = pair.id or digest(asdict(pair))
+        names = (f"{wanted}-{n}" if n > 1 else wanted for n in itertools.count(1))
+        pair_id = next(name for name in names if name not in seen)
+        n_repeats += pair_id != wanted
+        seen[pair_id] = where
+        pairs.append(replace(pair, id=pair_id))
     if n_repeats:
         say(f"{source}: {n_repeats} pairs repeat an earlier one to the letter (kept, ids numbered)")
     return pairs
-
-
-def read_rows(source: str) -> Iterator[tuple[str, dict]]:
-    """Yields (where, object) from a file or a Hub data set; `where` is for messages."""
-    for where, record in _read_records(source):
-        yield where, _object(record, where)
 
 
 def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
@@ -208,243 +217,200 @@ def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
     if not os.path.exists(source):
         yield from _read_hub(source)
         return
-    try:
-        with open(source, "rb") as raw:
-            stream = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-            is_array = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
-            yield from (_read_array if is_array else _read_lines)(source, stream)
-    except (OSError, EOFError, zlib.error) as error:
-        raise CritiqueRMError(f"{source}: cannot be read ({error}); is the file complete?") from None
+    problem = f"{source}: cannot be read; is the file complete?"
+    with explain(problem, OSError, EOFError, zlib.error), open(source, "rb") as raw:
+        stream = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+        is_array = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+        yield from (_read_array if is_array else _read_lines)(source, stream)
 
 
 def _read_lines(source: str, stream) -> Iterator[tuple[str, bytes]]:
-    for number in itertools.count(1):
-        line = stream.readline(MAX_LINE_BYTES + 1)
-        if not line:
-            return
+    parts = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
+    for number, line in enumerate(parts, 1):
         if line.strip(b"\xef\xbb\xbf \t\r\n"):
             yield f"{source}:{number}", line
         while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):  # the rest of a long one
-            line = stream.readline(MAX_LINE_BYTES + 1)
+            line = next(parts, b"")
 
 
 def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
-    text, decoder, before = io.TextIOWrapper(stream, "utf-8-sig"), json.JSONDecoder(), "["
+    text, decode = io.TextIOWrapper(stream, "utf-8-sig"), json.JSONDecoder().raw_decode
     buffer, number = "", 0
     while True:
-        buffer = buffer.lstrip(" \t\r\n")
+        buffer, before = buffer.lstrip(" \t\r\n"), "," if number else "["
         try:
-            if buffer[:1] == "]" and number and not (buffer[1:] + text.read(2**14)).strip():
-                return
             if buffer[:1] != before:
                 raise ValueError(f"expected {before}")
             item = buffer[1:].lstrip(" \t\r\n")
-            if item.rstrip() == "]" and not number and not text.read(2**14).strip():
-                return
-            value, end = decoder.raw_decode(item)
+            value, end = decode(item)
         except (ValueError, RecursionError) as error:  # wrong, or not yet read to its end
-            try:
+            with explain(f"{source}: not UTF-8 text, after item {number}", UnicodeDecodeError):
                 more = text.read(max(2**14, len(buffer)))
-            except UnicodeDecodeError:
-                raise CritiqueRMError(f"{source}: not UTF-8 text, after item {number}") from None
+            if not more and "".join(buffer.split()) == ("]" if number else "[]"):
+                return
             if not more or len(buffer) > MAX_LINE_BYTES or isinstance(error, RecursionError):
-                problem = str(error).split(";")[0]
-                raise CritiqueRMError(
-                    f"{source}: item {number + 1}: not valid JSON, or over 16 MB ({problem})"
-                ) from None
+                problem = f"not valid JSON, or over 16 MB ({_first_line(error)})"
+                raise CritiqueRMError(f"{source}: item {number + 1}: {problem}") from None
             buffer += more
-            continue
-        buffer, before, number = item[end:], ",", number + 1
-        yield f"{source}: item {number}", value
-
-
-def _object(record: bytes | object, where: str) -> dict:
-    """The JSON object of a record."""
-    if isinstance(record, bytes):
-        if len(record) > MAX_LINE_BYTES:
-            raise CritiqueRMError(f"{where}: line longer than 16 MB; shorten or remove it")
-        try:
-            record = json.loads(record.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise CritiqueRMError(f"{where}: not UTF-8 text; expected a JSON object") from None
-        except (ValueError, RecursionError) as error:
-            problem = str(error).split(";")[0]
-            raise CritiqueRMError(f"{where}: not valid JSON ({problem}); mend or remove it") from None
-    if not isinstance(record, dict):
-        raise CritiqueRMError(f"{where}: expected a JSON object, found {_shorten(record)}")
-    return record
+        else:
+            buffer, number = item[end:], number + 1
+            yield f"{source}: item {number}", value
 
 
 def _read_hub(source: str) -> Iterator[tuple[str, dict]]:
     name, _, split = source.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or re.search(r"\.jsonl?(\.gz)?$", name):
         raise CritiqueRMError(f"{source}: no such file")
-    try:
+    advice = "to read it as a Hub data set run: pip install datasets"
+    with explain(f"{source}: no such file; {advice}", ImportError):
         from datasets import load_dataset
-    except ImportError:
-        raise CritiqueRMError(
-            f"{source}: no such file; to read it as a Hub data set run: pip install datasets"
-        ) from None
-    try:
+    with explain(f"{source}: neither a file nor a Hub data set", Exception):  # of many kinds
         rows = load_dataset(name, split=split or "train")
-    except Exception as error:  # the library raises many kinds, of several packages
-        problem = str(error).splitlines()[0]
-        raise CritiqueRMError(f"{source}: neither a file nor a Hub data set ({problem})") from None
     for number, row in enumerate(rows, 1):
         yield f"{source}: row {number}", row
 
 
-def _parse_pair(row: dict, where: str) -> Pair | None:
+def _object(record: bytes | object) -> dict:
+    """The JSON object of a record."""
+    if isinstance(record, bytes):
+        if len(record) > MAX_LINE_BYTES:
+            raise CritiqueRMError("line longer than 16 MB; shorten or remove it")
+        with explain("not UTF-8 text; expected a JSON object", UnicodeDecodeError):
+            text = record.decode("utf-8-sig")
+        with explain("not valid JSON; mend or remove it", ValueError, RecursionError):
+            record = json.loads(text)
+    if not isinstance(record, dict):
+        raise CritiqueRMError(f"expected a JSON object, found {_shorten(record)}")
+    return record
+
+
+def _parse_answer(row: dict) -> Answer:
+    response = _text(row, "response", may_be_empty=True)
+    prompt = _messages(row, "prompt", "user")
+    return Answer(prompt, response, _critiques(row, "critique"), _id(row, "id"))
+
+
+def _parse_pair(row: dict) -> Pair | None:
     """Recognises the format by its fields; None is a tie."""
     if "annotator1" in row:
-        return _parse_pandalm(row, where)
+        return _parse_pandalm(row)
     if "output_1" in row:
-        return _parse_llmbar(row, where)
+        return _parse_llmbar(row)
     if "prompt" not in row and str(row.get("chosen")).lstrip().startswith("Human:"):
-        return _parse_transcripts(row, where)
-    return _parse_preference(row, where)
+        return _parse_transcripts(row)
+    return _parse_preference(row)
 
 
-def _parse_preference(row: dict, where: str) -> Pair:
+def _parse_preference(row: dict) -> Pair:
     """Ours, TRL (explicit or implicit prompt, plain or chat), UltraFeedback and RewardBench."""
-    (start_c, chosen), (start_r, rejected) = (_turns(row, side, where) for side in SIDES)
-    if start_c != start_r:
+    (*start, chosen), (*other, rejected) = (_messages(row, side, "assistant") for side in SIDES)
+    for side, last in zip(SIDES, (chosen, rejected)):
+        if last.role != "assistant":
+            raise CritiqueRMError(f"the last message of {side!r} is not the assistant's")
+    if start != other:
         raise CritiqueRMError(
-            f"{where}: 'chosen' and 'rejected' differ before their last message; "
-            "a pair needs one prompt"
+            "'chosen' and 'rejected' differ before their last message; a pair needs one prompt"
         )
-    if "prompt" not in row and not start_c:  # TRL's implicit prompt in plain text
+    chosen, rejected = chosen.content, rejected.content
+    if "prompt" not in row and not start:  # TRL's implicit prompt in plain text
         n = len(os.path.commonprefix([chosen, rejected]))
         n = chosen.rfind(" ", 0, n) + 1 if n < max(len(chosen), len(rejected)) else n
-        row = {**row, "prompt": chosen[:n]}
+        row = row | {"prompt": chosen[:n]}
         chosen, rejected = chosen[n:], rejected[n:]
     # UltraFeedback repeats the prompt inside the messages; TRL's explicit prompt stands before them
-    whole = bool(start_c) and ("prompt" not in row or start_c[0].role != "assistant")
-    prompt = start_c if whole else _prompt(row, where) + start_c
-    for side, response in zip(SIDES, (chosen, rejected)):
-        _text({side: response}, side, where, may_be_empty=True)
+    is_whole = start and ("prompt" not in row or start[0].role != "assistant")
+    prompt = (*(() if is_whole else _messages(row, "prompt", "user")), *start)
     try:
         margin = 0.0 if row.get("margin") is None else float(row["margin"])
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):
-        raise CritiqueRMError(f"{where}: 'margin' is {_shorten(row['margin'])}; expected a number")
-    return Pair(
-        id=_id(row, "id", where),
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        chosen_critiques=_critiques(row, "chosen_critique", where),
-        rejected_critiques=_critiques(row, "rejected_critique", where),
-        subset=_text({"subset": row.get("subset") or ""}, "subset", where, may_be_empty=True),
-        margin=margin,
-    )
+        raise CritiqueRMError(f"'margin' is {_shorten(row['margin'])}; expected a number")
+    critiques = (_critiques(row, f"{side}_critique") for side in SIDES)
+    subset = _text({"subset": row.get("subset") or ""}, "subset", may_be_empty=True)
+    return Pair(_id(row, "id"), prompt, chosen, rejected, *critiques, subset, margin)
 
 
-SIDES = ("chosen", "rejected")
-
-
-def _parse_transcripts(row: dict, where: str) -> Pair:
+def _parse_transcripts(row: dict) -> Pair:
     """HH-RLHF: two transcripts with the same beginning up to the last "Assistant:"."""
-    turns = {}
+    roles, turns = {"Human": "user", "Assistant": "assistant"}, {}
     for side in SIDES:
-        text = _text(row, side, where)
-        parts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + text.lstrip())[1:]
-        roles = ["user" if name == "Human" else "assistant" for name in parts[::2]]
-        turns[side] = [
-            {"role": role, "content": content} for role, content in zip(roles, parts[1::2])
-        ]
-    return _parse_preference({**row, **turns}, where)
+        text = "\n\n" + _text(row, side).lstrip()
+        _, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
+        named = zip(parts[::2], parts[1::2])
+        turns[side] = [{"role": roles[name], "content": content} for name, content in named]
+    return _parse_preference(row | turns)
 
 
-def _parse_pandalm(row: dict, where: str) -> Pair | None:
+def _parse_pandalm(row: dict) -> Pair | None:
     """PandaLM's testset-v1: annotators say 0 (tie), 1 or 2; some responses are JSON booleans."""
     votes = [row.get(f"annotator{n}") for n in (1, 2, 3)]
     if any(vote not in (0, 1, 2) for vote in votes):
-        raise CritiqueRMError(f"{where}: annotators are {votes}; expected 0, 1 or 2 each")
+        raise CritiqueRMError(f"annotators are {votes}; expected 0, 1 or 2 each")
     best = next((side for side in (1, 2) if votes.count(side) >= 2), None)
     if best is None:
         return None
-    parts = [_text(row, name, where, may_be_empty=True) for name in ("instruction", "input")]
-    prompt = _text({"instruction": "\n\n".join(filter(None, parts))}, "instruction", where)
-    responses = [
-        str(row[name])
-        if isinstance(row.get(name), bool)
-        else _text(row, name, where, may_be_empty=True)
-        for name in ("response1", "response2")
-    ]
-    return Pair(
-        id=f"pandalm-{number}" if (number := _id(row, "idx", where)) else "",
-        prompt=(Message("user", prompt),),
-        chosen=responses[best - 1],
-        rejected=responses[2 - best],
-        subset="pandalm",
-    )
+    names = ("response1", "response2")
+    row = row | {name: str(row[name]) for name in names if isinstance(row.get(name), bool)}
+    parts = [_text(row, name, may_be_empty=True) for name in ("instruction", "input")]
+    prompt = _text({"instruction": "\n\n".join(filter(None, parts))}, "instruction")
+    pair_id = f"pandalm-{number}" if (number := _id(row, "idx")) else ""
+    responses = _ordered(row, names, best)
+    return Pair(pair_id, (Message("user", prompt),), *responses, subset="pandalm")
 
 
-def _parse_llmbar(row: dict, where: str) -> Pair:
+def _parse_llmbar(row: dict) -> Pair:
     if row.get("label") not in (1, 2):
-        raise CritiqueRMError(f"{where}: 'label' is {_shorten(row.get('label'))}; expected 1 or 2")
-    prompt = (Message("user", _text(row, "input", where)),)
-    outputs = [_text(row, name, where, may_be_empty=True) for name in ("output_1", "output_2")]
-    return Pair(_id(row, "id", where), prompt, outputs[row["label"] - 1], outputs[2 - row["label"]])
+        raise CritiqueRMError(f"'label' is {_shorten(row.get('label'))}; expected 1 or 2")
+    prompt = (Message("user", _text(row, "input")),)
+    return Pair(_id(row, "id"), prompt, *_ordered(row, ("output_1", "output_2"), row["label"]))
 
 
-def _turns(row: dict, side: str, where: str) -> tuple[tuple[Message, ...], str]:
-    """The messages before the response (none for plain text), and the response."""
-    if not isinstance(row.get(side), list):
-        return (), _text(row, side, where, may_be_empty=True)  # a model may answer nothing
-    messages = _messages(row[side], side, where)
-    if not messages or messages[-1].role != "assistant":
-        raise CritiqueRMError(f"{where}: the last message of {side!r} is not the assistant's")
-    return messages[:-1], messages[-1].content
+def _ordered(row: dict, names: tuple[str, str], best: int) -> list[str]:
+    """Chosen and rejected of two responses, of which number `best` (1 or 2) was preferred."""
+    texts = [_text(row, name, may_be_empty=True) for name in names]
+    return texts if best == 1 else texts[::-1]
 
 
-def _prompt(row: dict, where: str) -> tuple[Message, ...]:
-    value = row.get("prompt")
-    if isinstance(value, list) and value:
-        return _messages(value, "prompt", where)
-    return (Message("user", _text(row, "prompt", where)),)
-
-
-def _messages(value: list, field: str, where: str) -> tuple[Message, ...]:
-    messages = []
+def _messages(row: dict, field: str, role: str) -> tuple[Message, ...]:
+    """The messages of a field; plain text is one of `role`, and a model may answer nothing."""
+    value = row.get(field)
+    if not value or not isinstance(value, list):
+        return (Message(role, _text(row, field, may_be_empty=role == "assistant")),)
     for n, item in enumerate(value, 1):
         if not isinstance(item, dict) or item.get("role") not in ROLES:
-            raise CritiqueRMError(
-                f"{where}: message {n} of {field!r} is {_shorten(item)}; expected "
-                f'{{"role": one of {", ".join(ROLES)}, "content": text}}'
-            )
-        messages.append(Message(item["role"], _text(item, "content", where, may_be_empty=True)))
-    return tuple(messages)
+            expected = f'{{"role": one of {", ".join(ROLES)}, "content": text}}'
+            found = f"message {n} of {field!r} is {_shorten(item)}"
+            raise CritiqueRMError(f"{found}; expected {expected}")
+    return tuple(Message(m["role"], _text(m, "content", may_be_empty=True)) for m in value)
 
 
-def _critiques(row: dict, field: str, where: str) -> tuple[str, ...]:
+def _critiques(row: dict, field: str) -> tuple[str, ...]:
     value = row.get(field)
     values = [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(_text({field: item}, field, where) for item in values)
+    return tuple(_text({field: item}, field) for item in values)
 
 
-def _id(row: dict, field: str, where: str) -> str:
+def _id(row: dict, field: str) -> str:
     value = row.get(field)
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise CritiqueRMError(f"{where}: {field!r} is {_shorten(value)}; expected text or a number")
-    return _text({field: str(value)}, field, where)
+        raise CritiqueRMError(f"{field!r} is {_shorten(value)}; expected text or a number")
+    return _text({field: str(value)}, field)
 
 
-def _text(row: dict, field: str, where: str, may_be_empty: bool = False) -> str:
+def _text(row: dict, field: str, may_be_empty: bool = False) -> str:
     if field not in row:
         found = ", ".join(map(_shorten, row)) or "no field at all"
-        raise CritiqueRMError(f"{where}: no field {field!r}; found {found}")
+        raise CritiqueRMError(f"no field {field!r}; found {found}")
     value = row[field]
     if not isinstance(value, str):
-        raise CritiqueRMError(f"{where}: {field!r} is {_shorten(value)}; expected text")
+        raise CritiqueRMError(f"{field!r} is {_shorten(value)}; expected text")
     if not may_be_empty and not value.strip():
-        raise CritiqueRMError(f"{where}: {field!r} is empty; remove the line or fill it in")
+        raise CritiqueRMError(f"{field!r} is empty; remove the line or fill it in")
     if re.search("[\ud800-\udfff]", value):
-        raise CritiqueRMError(f"{where}: {field!r} holds half a surrogate pair; mend the encoding")
+        raise CritiqueRMError(f"{field!r} holds half a surrogate pair; mend the encoding")
     return value
 
 
@@ -1363,7 +1329,3 @@ def replace_file(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file)
     draft.replace(path)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
