@@ -468,54 +468,63 @@ class Encoder:
         self.tokenizer, self.max_length_tokens = tokenizer, max_length_tokens
         self.use_critiques, self.keep_tail = use_critiques, keep_tail
         if not tokenizer.is_fast:
-            raise CritiqueRMError("the tokenizer has no tokenizer.json; save it as a fast tokenizer")
+            raise CritiqueRMError("the tokenizer has no tokenizer.json; save it as a fast one")
         if tokenizer.chat_template is None:
             say("tokenizer without chat template: using plain 'User: … Assistant: …' text")
             tokenizer.chat_template = PLAIN_TEMPLATE
         tokenizer.chat_template = tokenizer.get_chat_template()  # the default one of several
         if "strftime_now" in tokenizer.chat_template and FROZEN_DATE not in tokenizer.chat_template:
             tokenizer.chat_template = FROZEN_DATE + tokenizer.chat_template
+        added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
         # runs of white space that some vocabularies (Gemma) add are text like any other
-        self.control_ids = {
-            token.content: i
-            for i, token in tokenizer.added_tokens_decoder.items()
-            if len(token.content.strip()) > 1
-        }
+        self.control_ids = {token: i for i, token in added.items() if len(token.strip()) > 1}
         longest_first = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
-        self._control = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self._control = re.compile("|".join(longest_first) or "(?!)")
         nonce = secrets.token_hex(8)  # no result depends on it
         self._names = {t: f"\ue000{nonce}-{n}\ue001" for n, t in enumerate(self.control_ids)}
-        self._twin = self._rename_control_tokens()
-        self._ids = {
-            self._twin.token_to_id(self._names.get(token.content, token.content)): i
-            for i, token in tokenizer.added_tokens_decoder.items()
-        }
+        self._twin = self._make_twin()
+        self._ids = {self._twin.token_to_id(self._name(token)): i for i, token in added.items()}
         self.skeleton = cache(self._skeleton)
         self.counts: Counter[str] = Counter()
 
-    def _skeleton(self, roles: tuple[str, ...]) -> list[str | tuple[int, bool, bool]]:
-        """The rendered template as literal text and slots (message, strip left, strip right).
+    def _name(self, token: str) -> str:
+        """What the twin calls a token."""
+        return self._names.get(token, token)
 
-        An em space on each side of the placeholder shows whether the template strips the content.
+    def _make_twin(self) -> Tokenizer:
+        """The same tokenizer, its control tokens renamed."""
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for token in spec["added_tokens"]:
+            if token["content"] in self._names:
+                token |= {"content": self._name(token["content"]), "normalized": False}
+        model = spec["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {self._name(token): i for token, i in model["vocab"].items()}
+        else:  # a unigram model lists (token, score)
+            model["vocab"] = [[self._name(token), score] for token, score in model["vocab"]]
+        if unknown := model.get("unk_token"):
+            model["unk_token"] = self._name(unknown)
+        unused = {"post_processor": None, "truncation": None, "padding": None}
+        return Tokenizer.from_str(json.dumps(spec | unused))
+
+    def _skeleton(self, roles: tuple[str, ...], renamed: bool) -> tuple[str, ...]:
+        """The rendered template: text, left, number and right for each message, and the tail.
+
+        Left and right are an em space, or nothing where the template strips the content.
         """
-        marked = [
-            {"role": role, "content": f"\u2003\ue000{n}\ue001\u2003"} for n, role in enumerate(roles)
-        ]
-        try:
+        contents = (f"\u2003\ue000{n}\ue001\u2003" for n in range(len(roles)))
+        marked = [{"role": role, "content": text} for role, text in zip(roles, contents)]
+        turns = f"the turns {', '.join(roles)}; change the prompts or the template"
+        with explain(f"the chat template refuses {turns}", jinja2.TemplateError, TypeError):
             text = self.tokenizer.apply_chat_template(marked, tokenize=False)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise CritiqueRMError(
-                f"the chat template refuses the turns {', '.join(roles)}: {error}; "
-                "change the prompts or the template"
-            ) from None
-        literals = re.split("(\u2003?)\ue000(\\d+)\ue001(\u2003?)", text)
-        tail = literals.pop()
-        if not literals or int(literals[-2]) != len(roles) - 1:
+        parts = re.split("(\u2003?)\ue000(\\d+)\ue001(\u2003?)", text)
+        if len(parts) == 1 or int(parts[-3]) != len(roles) - 1:
             raise CritiqueRMError("the chat template does not end with the assistant's message")
-        pieces: list[str | tuple[int, bool, bool]] = []
-        for literal, left, n, right in zip(*(literals[k::4] for k in range(4))):
-            pieces += [literal, (int(n), not left, not right)]
-        return [*pieces, tail if self.keep_tail else self._end(tail)]
+        if not self.keep_tail:
+            parts[-1] = self._end(parts[-1])
+        if renamed:
+            parts[::4] = (self._control.sub(lambda m: self._name(m[0]), t) for t in parts[::4])
+        return tuple(parts)
 
     def _end(self, tail: str) -> str:
         """Cuts what follows the first control token after the response, or adds the eos token."""
@@ -525,31 +534,24 @@ class Encoder:
             raise CritiqueRMError("the tokenizer has no end token; set its eos_token")
         return tail.rstrip() + self.tokenizer.eos_token
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation that ends with the assistant's message, as it is encoded."""
-        return "".join(text for text, _ in self._pieces(messages))
+    def render(self, messages: Sequence[Message], renamed: bool = False) -> str:
+        """The text of a conversation that ends with the assistant's message, as it is encoded.
 
-    def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
-        """Yields (text, whether the template wrote it)."""
-        for piece in self.skeleton(tuple(message.role for message in messages)):
-            if isinstance(piece, str):
-                yield piece, True
-            else:
-                n, left, right = piece
-                content = messages[n].content
-                content = content.lstrip() if left else content
-                yield content.rstrip() if right else content, False
+        `renamed` gives the template's control tokens the names that the twin has for them.
+        """
+        *parts, tail = self.skeleton(tuple(message.role for message in messages), renamed)
+        text = ""
+        for literal, left, n, right in zip(*(parts[k::4] for k in range(4))):
+            content = messages[int(n)].content
+            content = content if left else content.lstrip()
+            text += literal + (content if right else content.rstrip())
+        return text + tail
 
     def encode(self, messages: Sequence[Message]) -> np.ndarray:
         """Token ids (T,) int32 of a conversation that ends with the assistant's message."""
-        text = "".join(
-            self._control.sub(lambda m: self._names[m[0]], text) if is_template else text
-            for text, is_template in self._pieces(messages)
-        )
-        encoded = self._twin.encode(text, add_special_tokens=False)
-        ids = [self._ids.get(i, i) for i in encoded.ids]
-        bos = self.tokenizer.bos_token_id
-        if len(ids) > 1 and ids[0] == ids[1] == bos:
+        text = self.render(messages, renamed=True)
+        ids = [self._ids.get(i, i) for i in self._twin.encode(text, add_special_tokens=False).ids]
+        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
             ids = ids[1:]
         return np.array(ids, np.int32)
 
@@ -558,22 +560,6 @@ class Encoder:
         """The token every sequence ends with: the reward is read there."""
         return int(self.encode((Message("user", "a"), Message("assistant", "b")))[-1])
 
-    def _rename_control_tokens(self) -> Tokenizer:
-        """The twin: the same tokenizer, its control tokens renamed."""
-        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for token in spec["added_tokens"]:
-            if token["content"] in self._names:
-                token |= {"content": self._names[token["content"]], "normalized": False}
-        model = spec["model"]
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {self._names.get(token, token): i for token, i in model["vocab"].items()}
-        else:  # a unigram model lists (token, score)
-            model["vocab"] = [[self._names.get(token, token), x] for token, x in model["vocab"]]
-        if unknown := model.get("unk_token"):
-            model["unk_token"] = self._names.get(unknown, unknown)
-        unused = {"post_processor": None, "truncation": None, "padding": None}
-        return Tokenizer.from_str(json.dumps(spec | unused))
-
     def encode_answers(self, answers: Sequence[Answer]) -> list[list[np.ndarray]] | None:
         """Encodes answers to one prompt: for each answer one sequence per critique.
 
@@ -581,50 +567,47 @@ class Encoder:
         keep their beginning, the prompt its end, cut at the same place for all answers. None if
         even that does not fit.
         """
-        prompt = answers[0].prompt
-        encoded = self._encode_cut(prompt, answers, [a.response for a in answers])
-        if self._excess(encoded) <= 0:
+        prompt, responses = answers[0].prompt, [a.response for a in answers]
+        encoded, excess = self._encode_as(prompt, answers, responses)
+        if excess <= 0:
             return encoded
-        blank = tuple(Message(m.role, "") for m in prompt)
-        fixed = self._encode_cut(blank, answers, [""] * len(answers))
+        blank = [Message(m.role, "") for m in prompt]
+        fixed, _ = self._encode_as(blank, answers, [""] * len(answers))
         room = [self.max_length_tokens - max(map(len, sequences)) for sequences in fixed]
-        sizes = [len(self._offsets(a.response)) for a in answers]
+        sizes = [len(self._offsets(response)) for response in responses]
         while min(room) >= MIN_TEXT_TOKENS:
             n_prompt = min(max(r - size, r // 2) for r, size in zip(room, sizes))
-            n_kept = n_prompt
-            while True:  # a piece of a word can be more tokens alone than in its place
+            for n_kept in range(n_prompt, -1, -1):  # a piece of a word can be more tokens alone
                 cut = self._cut_prompt(prompt, n_kept)
                 used = sum(len(self._offsets(m.content)) for m in cut)
                 if used <= n_prompt:
                     break
-                n_kept -= 1
-            responses = [self._cut_response(a.response, r - used) for a, r in zip(answers, room)]
-            encoded = self._encode_cut(cut, answers, responses)
-            if (excess := self._excess(encoded)) <= 0:
+            kept = [self._cut(text, r - used) for text, r in zip(responses, room)]
+            encoded, excess = self._encode_as(cut, answers, kept)
+            if excess <= 0:
                 self.counts["truncated"] += 1
                 return encoded
             room = [r - excess for r in room]  # tokens that merge across a cut
         self.counts["dropped as too long"] += 1
         return None
 
-    def _encode_cut(
+    def _encode_as(
         self, prompt: Sequence[Message], answers: Sequence[Answer], responses: list[str]
-    ) -> list[list[np.ndarray]]:
+    ) -> tuple[list[list[np.ndarray]], int]:
+        """The sequences of answers with this prompt and responses; the tokens above the limit."""
         encoded = []
         for answer, response in zip(answers, responses):
             critiques = answer.critiques if self.use_critiques else ()
             texts = [response + SEPARATOR + c for c in critiques] or [response]
             encoded.append([self.encode((*prompt, Message("assistant", text))) for text in texts])
-        return encoded
-
-    def _excess(self, encoded: list[list[np.ndarray]]) -> int:
-        return max(map(len, itertools.chain(*encoded))) - self.max_length_tokens
+        return encoded, max(map(len, itertools.chain(*encoded))) - self.max_length_tokens
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         options = {"add_special_tokens": False, "return_offsets_mapping": True}
         return self.tokenizer(text, **options)["offset_mapping"]
 
-    def _cut_response(self, text: str, n_tokens: int) -> str:
+    def _cut(self, text: str, n_tokens: int) -> str:
+        """Keeps the first tokens."""
         offsets = self._offsets(text)
         return text if len(offsets) <= n_tokens else text[: offsets[n_tokens][0]]
 
@@ -645,25 +628,23 @@ class Encoder:
         Raises CritiqueRMError if no pair is left.
         """
         self.counts.clear()
-        encoded = [e for pair in pairs if (e := self._encode_pair(pair))]
-        changes = ", ".join(f"{n} {what}" for what, n in self.counts.items()) or "none cut or left out"
+        encoded = []
+        for pair in pairs:
+            if self.use_critiques and not (pair.chosen_critiques and pair.rejected_critiques):
+                self.counts["without critique"] += 1
+            elif sides := self.encode_answers(pair.answers):
+                chosen, rejected = ([ids.tolist() for ids in side] for side in sides)
+                if chosen == rejected:
+                    self.counts["with equal token sequences"] += 1
+                else:
+                    encoded.append(EncodedPair(pair, *sides))
+        counted = [f"{n} {what}" for what, n in self.counts.items()]
+        changes = ", ".join(counted) or "none cut or left out"
         say(f"{source}: {len(encoded)} of {len(pairs)} pairs used; {changes}")
         if not encoded:
             hint = f"; {CRITIQUES_MISSING}" if self.counts["without critique"] else ""
             raise CritiqueRMError(f"{source}: no pair is left to use ({changes}){hint}")
         return encoded
-
-    def _encode_pair(self, pair: Pair) -> EncodedPair | None:
-        if self.use_critiques and not (pair.chosen_critiques and pair.rejected_critiques):
-            self.counts["without critique"] += 1
-            return None
-        sides = self.encode_answers(pair.answers)
-        if sides is None:
-            return None
-        if [ids.tolist() for ids in sides[0]] == [ids.tolist() for ids in sides[1]]:
-            self.counts["with equal token sequences"] += 1
-            return None
-        return EncodedPair(pair, *sides)
 
 
 # --------------------------------------------------------------------------------------------------
