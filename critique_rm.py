@@ -671,8 +671,7 @@ class Trie:
 
 def build_trie(sequences: Sequence[np.ndarray], numbers: Sequence[int]) -> Trie:
     """Builds the prefix trie of token sequences, found on ids alone."""
-    total = sum(map(len, sequences))
-    ids, positions, ends = np.empty((3, total), np.int32)
+    ids, positions, ends = np.empty((3, sum(map(len, sequences))), np.int32)
     last = np.empty(len(sequences), np.int32)
     path = previous = np.empty(0, np.int32)  # where each token of the current path stands
     n = 0
@@ -703,7 +702,7 @@ def build_tries(sequences: Sequence[np.ndarray], numbers: Sequence[int], share: 
 
 
 def pack(
-    units: Sequence[Sequence[Trie]], budget_tokens: int, share: bool, rank: int = 0, n_ranks: int = 1
+    units: Sequence[list[Trie]], budget_tokens: int, share: bool, rank: int = 0, n_ranks: int = 1
 ) -> list[list[list[Trie]]]:
     """This rank's micro-batches, as rows of tries; the tries of a unit stay together.
 
@@ -717,32 +716,29 @@ def pack(
     where a micro-batch counts for budget / 32 tokens more: the weights are gathered for each.
     """
 
-    def size(unit: Sequence[Trie]) -> int:
-        return len(unit) * max(map(len, unit))
+    def order(unit: list[Trie]) -> int:
+        """Longest first: minus the tokens that the unit takes."""
+        return -len(unit) * max(map(len, unit))
 
-    waiting = sorted(units, key=size, reverse=True)  # stable
-    batches = []
+    waiting, batches = sorted(units, key=order), []
     while waiting:
-        width, rows, n_used, options = size(waiting[0]), [], 0, []
+        width, rows, n_used, options = -order(waiting[0]), [], 0, []
         most = n_ranks * max(1, budget_tokens // width)
         while waiting and len(rows) < most:
             row, space = [], width
-            while (k := bisect_left(waiting, -space, key=lambda unit: -size(unit))) < len(waiting):
+            while (k := bisect_left(waiting, -space, key=order)) < len(waiting):
                 row.append(waiting.pop(k))
-                n_used += size(row[-1])
-                space = space - size(row[-1]) if share else 0
+                n_used -= order(row[-1])
+                space = space + order(row[-1]) if share else 0
             rows.append(row)
             if len(rows) % n_ranks == 0 or not waiting:
                 cost = math.ceil(len(rows) / n_ranks) * width + budget_tokens / 32
                 options.append((cost / n_used, len(rows)))
         n_rows = min(options)[1]
         for unit in itertools.chain(*rows[n_rows:]):
-            insort(waiting, unit, key=lambda unit: -size(unit))
-        mine = rows[:n_rows][rank::n_ranks]
-        if share:
-            batches.append([[trie for (trie,) in row] for row in mine])
-        else:
-            batches.append([[trie] for (unit,) in mine for trie in unit])
+            insort(waiting, unit, key=order)
+        mine = [list(itertools.chain(*row)) for row in rows[:n_rows][rank::n_ranks]]
+        batches.append(mine if share else [[trie] for row in mine for trie in row])
     return batches
 
 
@@ -760,23 +756,19 @@ class Batch:
 
 def collate(rows: Sequence[Sequence[Trie]], device: torch.device) -> Batch:
     """Lays out rows of tries as tensors; without rows, one padding token and no sequence."""
-    width = max((sum(map(len, row)) for row in rows), default=1)
-    shape = (max(1, len(rows)), width)
+    lengths = [sum(map(len, row)) for row in rows]
+    shape = (max(1, len(rows)), max(lengths, default=1))
     ids, positions = np.zeros((2, *shape), np.int64)
-    ends = np.broadcast_to(np.arange(1, width + 1), shape).copy()  # padding sees only itself
+    ends = np.tile(np.arange(1, shape[1] + 1), (shape[0], 1))  # padding sees only itself
     last, numbers = [np.empty((2, 0), np.int64)], [np.empty(0, np.int64)]
     for r, row in enumerate(rows):
-        start = 0
-        for trie in row:
-            place = slice(start, start + len(trie))
-            ids[r, place], positions[r, place], ends[r, place] = trie.ids, trie.positions, trie.ends
-            ends[r, place] += start
+        for start, trie in zip(itertools.accumulate(map(len, row), initial=0), row):
+            place = r, slice(start, start + len(trie))
+            ids[place], positions[place], ends[place] = trie.ids, trie.positions, trie.ends + start
             last.append(np.stack([np.full(len(trie.last), r), trie.last + start]))
             numbers.append(trie.numbers)
-            start += len(trie)
-    n_tokens = sum(len(trie) for row in rows for trie in row)
     arrays = ids, positions, ends, np.concatenate(last, 1), np.concatenate(numbers)
-    return Batch(*(torch.from_numpy(a.astype(np.int64)).to(device) for a in arrays), n_tokens)
+    return Batch(*(torch.from_numpy(array).to(device) for array in arrays), sum(lengths))
 
 
 LOWEST = torch.finfo(torch.bfloat16).min  # finite in fp32 and in bf16
@@ -791,21 +783,14 @@ def attention_masks(batch: Batch, config: PreTrainedConfig) -> Tensor | dict[str
     """
     index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     key, query = index[None, None, :], index[None, :, None]
-    seen = (key <= query) & (query < batch.ends[:, None, :])  # (R, T, T)
-    distance = batch.positions[:, :, None] - batch.positions[:, None, :]
-    window = getattr(config, "sliding_window", None)
-
-    def additive(allowed: Tensor) -> Tensor:
-        mask = torch.zeros(allowed.shape, device=allowed.device)
-        return mask.masked_fill_(~allowed, LOWEST)[:, None]
-
+    seen = near = (key <= query) & (query < batch.ends[:, None, :])  # (R, T, T)
+    if window := getattr(config, "sliding_window", None):
+        near = seen & (batch.positions[:, :, None] - batch.positions[:, None, :] < window)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        return additive(seen & (distance < window) if window else seen)
-    return {
-        kind: additive(seen & (distance < window) if kind == "sliding_attention" else seen)
-        for kind in sorted(set(kinds))
-    }
+        return torch.where(near, 0.0, LOWEST)[:, None]
+    masks = {"full_attention": seen, "sliding_attention": near}
+    return {kind: torch.where(masks[kind], 0.0, LOWEST)[:, None] for kind in sorted(set(kinds))}
 
 
 # --------------------------------------------------------------------------------------------------
