@@ -31,26 +31,21 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-T = TypeVar("T")
 
 # --------------------------------------------------------------------------------------------------
 # Errors and messages
@@ -797,37 +792,35 @@ def attention_masks(batch: Batch, config: PreTrainedConfig) -> Tensor | dict[str
 # Processes
 
 
-def start_processes(shard_group: int | None = None) -> tuple[torch.device, DeviceMesh]:
+def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.DeviceMesh]:
     """Joins the process group, of size 1 without torchrun: one code path for one and many.
 
     The mesh is that to shard a model over: all processes, or groups of `shard_group` of them that
     each hold a replica.
     """
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
-    if kind == "cuda":
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
         if device.index >= torch.cuda.device_count():
             raise OSError(f"only {torch.cuda.device_count()} GPUs here; lower --nproc-per-node")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         hours = timedelta(hours=3)  # ranks wait for one to download or to write the whole model
         dist.init_process_group(backend, timeout=hours, **({} if "RANK" in os.environ else alone))
         _cpu_group()  # while all are here
     n = dist.get_world_size()
     if not shard_group:
-        return device, init_device_mesh(kind, (n,))
+        return device, dist.init_device_mesh(device.type, (n,))
     if n % shard_group:
         raise CritiqueRMError(f"{n} processes are not groups of {shard_group}; mend --shard-group")
-    names = ("replicate", "shard")
-    return device, init_device_mesh(kind, (n // shard_group, shard_group), mesh_dim_names=names)
+    shape, names = (n // shard_group, shard_group), ("replicate", "shard")
+    return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 def meet(place: str, minutes: float = 30) -> None:
     """Waits for all ranks. Raises CritiqueRMError that names those which did not come in time."""
-    if dist.get_world_size() == 1:
-        return
     try:
         dist.monitored_barrier(_cpu_group(), timedelta(minutes=minutes), wait_all_ranks=True)
     except RuntimeError as error:
@@ -849,7 +842,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def on_rank_zero(function: Callable[[], T]) -> T:
+def on_rank_zero(function: Callable[[], Any]) -> Any:
     """Calls a function on rank 0; its result, or its error, reaches all ranks."""
     outcome: list = [None, None]
     if dist.get_rank() == 0:
@@ -868,38 +861,23 @@ def on_rank_zero(function: Callable[[], T]) -> T:
 
 
 def find_model(name: str) -> str:
-    """The folder of a model: itself, or the snapshot of a Hub model's safetensors and text files."""
+    """A model's folder: itself, or the snapshot of a Hub model's safetensors and text files."""
     if os.path.isdir(name):
         return name
-
-    def fetch() -> str:
-        try:
-            patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-            return snapshot_download(name, allow_patterns=patterns)
-        except Exception as error:  # of many kinds: no network, no such name, no access
-            raise CritiqueRMError(
-                f"{name}: neither a folder nor a Hub model ({_first_line(error)})"
-            ) from None
-
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        fetch()  # once per machine; the others then find it in the cache
-    dist.barrier()
-    return fetch()
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    with explain(f"{name}: neither a folder nor a Hub model", Exception):  # of many kinds
+        return snapshot_download(name, allow_patterns=patterns)  # locks: one rank downloads a file
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    try:
+    with explain(f"{folder}: no usable tokenizer", OSError, ValueError, KeyError):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CritiqueRMError(f"{folder}: no usable tokenizer ({_first_line(error)})") from None
 
 
 def load_config(folder: str) -> PreTrainedConfig:
     """Reads and checks config.json; the result describes a reward model: one label, no dropout."""
-    try:
+    with explain(f"{folder}: no usable config.json", Exception):  # a wrong value raises many kinds
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a wrong value raises errors of other packages
-        raise CritiqueRMError(f"{folder}: no usable config.json ({_first_line(error)})") from None
     if getattr(config, "auto_map", None):
         raise CritiqueRMError(f"{folder}: the model asks to run its own code; that is never done")
     for name, value in vars(config).items():
@@ -920,29 +898,13 @@ def check_fits(config: PreTrainedConfig, encoder: Encoder) -> None:
         )
     longest = getattr(config, "max_position_embeddings", None) or math.inf
     if encoder.max_length_tokens > longest:
-        raise CritiqueRMError(f"the model reads at most {longest} tokens; lower --max-length-tokens")
-
-
-def build_model(config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: DeviceMesh):
-    """Builds a sharded model without weights; `read_weights` fills it.
-
-    The parameters are fp32 and sharded (FSDP2) block by block, then the rest of the trunk, then the
-    head, so that the trunk computes in `compute_dtype` and the head in fp32. Nothing is allocated
-    before it is sharded: no rank holds the whole model.
-    """
-    with torch.device("meta"):
-        model = make_model(config)
-    return shard(model, compute_dtype, mesh)
+        raise CritiqueRMError(f"the model reads only {longest} tokens; lower --max-length-tokens")
 
 
 def make_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the config with new weights. Raises CritiqueRMError if it has no `score` head."""
-    try:
+    with explain(f"no sequence classification for {config.model_type!r} models", ValueError):
         model = AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
-        raise CritiqueRMError(
-            f"no sequence classification for {config.model_type!r} models ({_first_line(error)})"
-        ) from None
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise CritiqueRMError(
             f"{type(model).__name__} has no linear head named 'score'; use a decoder model"
@@ -950,7 +912,21 @@ def make_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def shard(model: PreTrainedModel, compute_dtype: torch.dtype, mesh: DeviceMesh) -> PreTrainedModel:
+def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
+    return getattr(model, model.base_model_prefix), model.score
+
+
+def build_model(
+    config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: dist.DeviceMesh, empty: bool = True
+) -> PreTrainedModel:
+    """Builds a sharded model, without weights, which `read_weights` fills, or with new ones.
+
+    The parameters are fp32 and sharded (FSDP2) block by block, then the rest of the trunk, then the
+    head, so that the trunk computes in `compute_dtype` and the head in fp32. An empty one allocates
+    nothing before it is sharded: no rank holds the whole model.
+    """
+    with torch.device("meta" if empty else "cpu"):
+        model = make_model(config)
     trunk, head = trunk_and_head(model)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     blocks = next(m for m in trunk.modules() if isinstance(m, nn.ModuleList))
@@ -972,14 +948,10 @@ def keep_gathered(model: PreTrainedModel, keep: bool) -> None:
         module.set_reshard_after_backward(not keep)
 
 
-def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
-    return getattr(model, model.base_model_prefix), model.score
-
-
 def read_weights(
     model: PreTrainedModel, folder: str, device: torch.device, head_seed: int | None = None
 ) -> None:
-    """Fills a model from a folder's safetensors, each rank reading its part.
+    """Fills a model without weights from a folder's safetensors, each rank reading its part.
 
     With `head_seed` the folder is a language model and the head starts anew; without it the head
     must be in the folder. Keys of a language model may carry the trunk's prefix or not.
@@ -991,49 +963,44 @@ def read_weights(
             f"{folder}: no *.safetensors file; convert pickled weights elsewhere with "
             "model.save_pretrained(folder, safe_serialization=True)"
         )
-    if any(p.is_meta for p in model.parameters()):
-        model.to_empty(device=device)
-        with warnings.catch_warnings():  # about random numbers on shards, which reading overwrites
-            warnings.simplefilter("ignore")
-            fill_buffers(model)
-    reader = HuggingFaceStorageReader(folder)
-    try:
+    model.to_empty(device=device)
+    fill_buffers(model)
+    reader = dcp.HuggingFaceStorageReader(folder)
+    with explain(f"{folder}: damaged safetensors", SafetensorError):
         stored = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise CritiqueRMError(f"{folder}: damaged safetensors ({_first_line(error)})") from None
-    prefix = model.base_model_prefix + "."
-    names = {name: p for name, p in model.state_dict().items()}
-    if not any(key.startswith(prefix) for key in stored):
-        names = {name.removeprefix(prefix): p for name, p in names.items()}
+    weights = model.state_dict()
     if head_seed is not None:
-        names = {name: p for name, p in names.items() if not name.startswith("score.")}
+        weights = {name: p for name, p in weights.items() if not name.startswith("score.")}
         init_head(model, head_seed)
-    missing = [name for name in names if name not in stored]
-    if missing:
+    prefix = model.base_model_prefix + "."
+    if not any(key.startswith(prefix) for key in stored):
+        weights = {name.removeprefix(prefix): p for name, p in weights.items()}
+    if missing := [name for name in weights if name not in stored]:
         raise CritiqueRMError(
             f"{folder}: {len(missing)} weights are not in its safetensors, such as "
             f"{', '.join(missing[:3])}; "
             + ("it has no reward head" if missing == ["score.weight"] else "its keys do not match")
         )
-    for name, p in names.items():
+    for name, p in weights.items():
         if stored[name].size != p.shape:
-            raise CritiqueRMError(
-                f"{folder}: {name} is {list(stored[name].size)}, expected {list(p.shape)}"
-            )
-    dcp.load(names, storage_reader=reader)
+            found, expected = list(stored[name].size), list(p.shape)
+            raise CritiqueRMError(f"{folder}: {name} is {found}, expected {expected}")
+    dcp.load(weights, storage_reader=reader)
 
 
 def fill_buffers(model: PreTrainedModel) -> None:
     """Computes the buffers that no file holds, such as rotary frequencies and embedding scales.
 
-    They are garbage after `to_empty`. `_init_weights` is what each model of transformers defines for
-    this; the public `init_weights` would call it for all modules, and fails on sharded recurrent ones.
+    They are garbage after `to_empty`. `_init_weights` is what each model of transformers defines
+    for this; the public `init_weights`, for all modules, fails on sharded recurrent ones.
     """
     stored = model.state_dict().keys()
-    for name, module in model.named_modules():
-        buffers = [f"{name}.{key}" for key, _ in module.named_buffers(recurse=False)]
-        if not stored >= set(buffers):
-            model._init_weights(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about random numbers on shards, which reading overwrites
+        for name, module in model.named_modules():
+            buffers = {f"{name}.{key}" for key, _ in module.named_buffers(recurse=False)}
+            if not stored >= buffers:
+                model._init_weights(module)
 
 
 def init_head(model: PreTrainedModel, seed: int) -> None:
@@ -1057,14 +1024,9 @@ def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str
     Everything is written beside its final place first and moved at the end.
     """
     draft = folder / "draft"
-    on_rank_zero(lambda: shutil.rmtree(draft, ignore_errors=True))
-    weights = model.state_dict()
-    files = number_files(weights, FILE_BYTES)
-    writer = HuggingFaceStorageWriter(
-        str(draft), files, save_distributed=True, enable_consolidation=True
-    )
-    dcp.save(weights, storage_writer=writer)
-    if dist.get_rank() == 0:
+    write_tensors(draft, model.state_dict(), FILE_BYTES, consolidate=True)
+
+    def complete() -> None:
         shutil.rmtree(draft / "sharded")  # what the writer leaves behind
         model.config.save_pretrained(draft)
         encoder.tokenizer.save_pretrained(draft)
@@ -1072,11 +1034,29 @@ def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str
         for path in draft.iterdir():
             path.replace(folder / path.name)
         draft.rmdir()
-    dist.barrier()
+
+    on_rank_zero(complete)
+
+
+def write_tensors(
+    folder: Path, tensors: dict[str, Tensor], n_bytes: int, consolidate: bool = False
+) -> None:
+    """Writes a new folder of safetensors, each rank its part of a tensor. A collective call.
+
+    A file holds `n_bytes`, or one tensor. `consolidate` joins the parts, left in `folder`/sharded.
+    """
+    on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
+    writer = dcp.HuggingFaceStorageWriter(
+        str(folder),
+        number_files(tensors, n_bytes),
+        save_distributed=True,
+        enable_consolidation=consolidate,
+    )
+    dcp.save(tensors, storage_writer=writer)
 
 
 def number_files(tensors: dict[str, Tensor], n_bytes: int) -> dict[str, int]:
-    """The file, numbered from 1, that each tensor goes to: the writer holds two copies of a file."""
+    """The file, from 1 on, that each tensor goes to: the writer holds two copies of a file."""
     numbers, number, used = {}, 1, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -1092,12 +1072,13 @@ def shares_prefixes(config: PreTrainedConfig) -> bool:
     Recurrent and chunked layers do not, nor do models that count positions (ALiBi) or make masks
     themselves: those read one sequence per row.
     """
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt", "gpt_neo"):
-        return False
-    if getattr(config, "use_bidirectional_attention", False):
-        return False
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds <= {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return (
+        kinds <= {"full_attention", "sliding_attention"}
+        and config.model_type not in ("bloom", "mpt", "gpt_neo")
+        and not getattr(config, "alibi", False)
+        and not getattr(config, "use_bidirectional_attention", False)
+    )
 
 
 def compute_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -1124,9 +1105,9 @@ def choose_pad_token(config: PreTrainedConfig, encoder: Encoder) -> None:
     tokenizer = encoder.tokenizer
     tokenizer.padding_side = "right"
     wanted = [tokenizer.pad_token_id, tokenizer.unk_token_id, *encoder.control_ids.values()]
-    usable = [i for i in wanted if i is not None and i != encoder.end_id]
-    config.pad_token_id = usable[0] if usable else None
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable[0]) if usable else None
+    pad = next((i for i in wanted if i not in (None, encoder.end_id)), None)
+    config.pad_token_id = pad
+    tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1140,7 +1121,7 @@ def pairwise_loss(
 
     `centering` × (r⁺ + r⁻)² keeps rewards near zero (Eisenstein et al. 2023, arXiv 2312.09244).
     """
-    loss = -F.logsigmoid(chosen - rejected - margins)
+    loss = -nn.functional.logsigmoid(chosen - rejected - margins)
     return (loss + centering * (chosen + rejected) ** 2).sum()
 
 
@@ -1217,7 +1198,7 @@ def score_groups(
         rewards[batch.numbers] = compute_rewards(model, batch).double()
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # without a backward pass weights stay gathered, apart from their state
+            module.reshard()  # without a backward pass weights would stay gathered
     dist.all_reduce(rewards)
     values = rewards.tolist()
     return [[values[number[s.tobytes()]] for s in group] for group in groups]
@@ -1259,18 +1240,16 @@ def score_pairs(
     for e in encoded:
         by_prompt.setdefault(e.pair.prompt, []).extend([*e.chosen, *e.rejected])
     rewards = score_groups(model, list(by_prompt.values()), budget_tokens)
-    streams = {prompt: iter(values) for prompt, values in zip(by_prompt, rewards)}
-
-    def mean(sequences: list[np.ndarray], stream: Iterator[float]) -> float:
-        return sum(itertools.islice(stream, len(sequences))) / len(sequences)
-
+    streams = dict(zip(by_prompt, map(iter, rewards)))
     return [
         PairScore(
             e.pair.id,
             digest(e.pair.prompt),
             e.pair.subset,
-            mean(e.chosen, streams[e.pair.prompt]),
-            mean(e.rejected, streams[e.pair.prompt]),
+            *(
+                sum(itertools.islice(streams[e.pair.prompt], len(side))) / len(side)
+                for side in (e.chosen, e.rejected)
+            ),
             *(len(answer.response.split()) for answer in e.pair.answers),
             *(_mean_words(answer.critiques) for answer in e.pair.answers),
         )

@@ -39,7 +39,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -325,8 +325,7 @@ def prepare_model(
     }
     if args.model == "tiny":
         torch.manual_seed(args.seed)  # small enough for every rank to draw the whole model
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
-        model = rm.shard(model.to(device), dtype, mesh)
+        model = rm.build_model(config, dtype, mesh, empty=False)
         rm.init_head(model, args.seed)
     else:
         model = rm.build_model(config, dtype, mesh)
@@ -358,11 +357,8 @@ def save_checkpoint(
     """Each rank writes its part; one rename makes the checkpoint visible; the newest two are kept."""
     rm.meet(f"the checkpoint after step {step}")
     draft, final = folder / "checkpoints" / "draft", folder / "checkpoints" / f"step-{step:08d}"
-    rm.on_rank_zero(lambda: shutil.rmtree(draft, ignore_errors=True))
     tensors = checkpoint_tensors(model, optimizer)
-    files = rm.number_files(tensors, FILE_BYTES * dist.get_world_size())
-    writer = HuggingFaceStorageWriter(str(draft), files, save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    rm.write_tensors(draft, tensors, FILE_BYTES * dist.get_world_size())
     sums = checksums(draft)
 
     def publish() -> None:
