@@ -478,27 +478,24 @@ class Encoder:
         nonce = secrets.token_hex(8)  # no result depends on it
         self._names = {t: f"\ue000{nonce}-{n}\ue001" for n, t in enumerate(self.control_ids)}
         self._twin = self._make_twin()
-        self._ids = {self._twin.token_to_id(self._name(token)): i for i, token in added.items()}
+        twins = {i: self._names.get(token, token) for i, token in added.items()}
+        self._ids = {self._twin.token_to_id(token): i for i, token in twins.items()}
         self.skeleton = cache(self._skeleton)
         self.counts: Counter[str] = Counter()
 
-    def _name(self, token: str) -> str:
-        """What the twin calls a token."""
-        return self._names.get(token, token)
-
     def _make_twin(self) -> Tokenizer:
         """The same tokenizer, its control tokens renamed."""
-        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        spec, names = json.loads(self.tokenizer.backend_tokenizer.to_str()), self._names
         for token in spec["added_tokens"]:
-            if token["content"] in self._names:
-                token |= {"content": self._name(token["content"]), "normalized": False}
+            if token["content"] in names:
+                token |= {"content": names[token["content"]], "normalized": False}
         model = spec["model"]
         if isinstance(model["vocab"], dict):
-            model["vocab"] = {self._name(token): i for token, i in model["vocab"].items()}
+            model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
         else:  # a unigram model lists (token, score)
-            model["vocab"] = [[self._name(token), score] for token, score in model["vocab"]]
+            model["vocab"] = [[names.get(token, token), x] for token, x in model["vocab"]]
         if unknown := model.get("unk_token"):
-            model["unk_token"] = self._name(unknown)
+            model["unk_token"] = names.get(unknown, unknown)
         unused = {"post_processor": None, "truncation": None, "padding": None}
         return Tokenizer.from_str(json.dumps(spec | unused))
 
@@ -518,7 +515,7 @@ class Encoder:
         if not self.keep_tail:
             parts[-1] = self._end(parts[-1])
         if renamed:
-            parts[::4] = (self._control.sub(lambda m: self._name(m[0]), t) for t in parts[::4])
+            parts[::4] = (self._control.sub(lambda m: self._names[m[0]], t) for t in parts[::4])
         return tuple(parts)
 
     def _end(self, tail: str) -> str:
@@ -569,15 +566,18 @@ class Encoder:
         blank = [Message(m.role, "") for m in prompt]
         fixed, _ = self._encode_as(blank, answers, [""] * len(answers))
         room = [self.max_length_tokens - max(map(len, sequences)) for sequences in fixed]
-        sizes = [len(self._offsets(response)) for response in responses]
+        offsets = [self._offsets(response) for response in responses]
         while min(room) >= MIN_TEXT_TOKENS:
-            n_prompt = min(max(r - size, r // 2) for r, size in zip(room, sizes))
+            n_prompt = min(max(r - len(o), r // 2) for r, o in zip(room, offsets))
             for n_kept in range(n_prompt, -1, -1):  # a piece of a word can be more tokens alone
                 cut = self._cut_prompt(prompt, n_kept)
                 used = sum(len(self._offsets(m.content)) for m in cut)
                 if used <= n_prompt:
                     break
-            kept = [self._cut(text, r - used) for text, r in zip(responses, room)]
+            kept = [
+                text if len(o) <= r - used else text[: o[r - used][0]]
+                for text, r, o in zip(responses, room, offsets)
+            ]
             encoded, excess = self._encode_as(cut, answers, kept)
             if excess <= 0:
                 self.counts["truncated"] += 1
@@ -600,11 +600,6 @@ class Encoder:
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         options = {"add_special_tokens": False, "return_offsets_mapping": True}
         return self.tokenizer(text, **options)["offset_mapping"]
-
-    def _cut(self, text: str, n_tokens: int) -> str:
-        """Keeps the first tokens."""
-        offsets = self._offsets(text)
-        return text if len(offsets) <= n_tokens else text[: offsets[n_tokens][0]]
 
     def _cut_prompt(self, prompt: Sequence[Message], n_tokens: int) -> list[Message]:
         """Keeps the last tokens: what is asked stands at the end of a conversation."""
@@ -906,9 +901,8 @@ def make_model(config: PreTrainedConfig) -> PreTrainedModel:
     with explain(f"no sequence classification for {config.model_type!r} models", ValueError):
         model = AutoModelForSequenceClassification.from_config(config)
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise CritiqueRMError(
-            f"{type(model).__name__} has no linear head named 'score'; use a decoder model"
-        )
+        kind = type(model).__name__
+        raise CritiqueRMError(f"{kind} has no linear head named 'score'; use a decoder model")
     return model
 
 
@@ -1141,16 +1135,17 @@ def load_reward_model(
     folder = find_model(folder)
     config = load_config(folder)
     ours = getattr(config, "critique_rm", {})
+    reads_critiques = ours.get("critiques", True)
     longest = min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
     encoder = Encoder(
         load_tokenizer(folder),
         max_length_tokens or ours.get("max_length_tokens", longest),
-        ours.get("critiques", True) if use_critiques is None else use_critiques,
+        reads_critiques if use_critiques is None else use_critiques,
         keep_tail=not ours,
     )
-    if ours and encoder.use_critiques != ours["critiques"]:
-        with_or_without = "with" if ours["critiques"] else "without"
-        say(f"{folder}: trained {with_or_without} critiques; this tests it the other way round")
+    if ours and encoder.use_critiques != reads_critiques:
+        how = "with" if reads_critiques else "without"
+        say(f"{folder}: trained {how} critiques; this tests it the other way round")
     check_fits(config, encoder)
     model = build_model(config, compute_dtype(device), mesh)
     read_weights(model, folder, device)

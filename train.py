@@ -697,11 +697,9 @@ def plan(args: Namespace) -> dict[str, float | bool]:
         "activations": kept + whole / len(blocks),  # of all blocks, and of one that is gone through
     }
     total, room = sum(parts.values()), (args.device_gb or memory_gb(args.nproc)) * 1e9
-    return {f"{name}_gb": round(size / 1e9, 3) for name, size in parts.items()} | {
-        "total_gb": round(total / 1e9, 3),
-        "device_gb": round(room / 1e9, 3),
-        "fits": total < 0.9 * room,  # allocators leave gaps
-    }
+    parts |= {"total": total, "device": room}
+    fits = {"fits": total < 0.9 * room}  # allocators leave gaps
+    return {f"{name}_gb": round(size / 1e9, 3) for name, size in parts.items()} | fits
 
 
 def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> int:
