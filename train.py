@@ -82,7 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
     add("--lr", type=positive_float, help="at its peak (default: 1e-3 for tiny, else 1e-5)")
     add("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
-    add("--average-critiques", action="store_true", help="mean over critiques, not one an epoch")
+    add("--average-critiques", action="store_true", help="mean of all critiques, not one an epoch")
     add("--seed", type=natural, default=0, help="of data order, head and tiny model")
     add("--micro-batch-tokens", type=positive_int, default=2048, help="computed at once on a rank")
     add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
@@ -410,14 +410,13 @@ def pairs_of_step(pairs: list[EncodedPair], step: int, args: Namespace) -> list[
     return [pairs[n] for n in order[k * args.batch_pairs : (k + 1) * args.batch_pairs]]
 
 
-def choose_sequences(
-    encoded: EncodedPair, epoch: int, args: Namespace
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def choose_sequences(encoded: EncodedPair, epoch: int, args: Namespace) -> list[list[np.ndarray]]:
     """Chosen and rejected sequences to train on: of one critique, drawn anew each epoch, or all."""
+    sides = [encoded.chosen, encoded.rejected]
     if args.average_critiques:
-        return encoded.chosen, encoded.rejected
+        return sides
     rng = np.random.default_rng([args.seed, epoch, int(rm.digest(encoded.pair.id), 16)])
-    return tuple([side[rng.integers(len(side))]] for side in (encoded.chosen, encoded.rejected))
+    return [[side[rng.integers(len(side))]] for side in sides]
 
 
 def train_step(
