@@ -333,7 +333,8 @@ def _parse_transcripts(row: dict) -> Pair:
         text = "\n\n" + _text(row, side).lstrip()
         _, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
         named = zip(parts[::2], parts[1::2])
-        turns[side] = [{"role": roles[name], "content": content} for name, content in named]
+        messages = [{"role": roles[name], "content": content} for name, content in named]
+        turns[side] = messages or text
     return _parse_preference(row | turns)
 
 
