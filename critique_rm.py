@@ -2,8 +2,8 @@
 
 The path of one preference pair, top to bottom: a record is read (`read_pairs`), each of its answers
 becomes token ids (`Encoder`), answers that share a beginning become one trie (`build_trie`), tries
-become micro-batches (`pack`), the model reads them (`compute_rewards`), and two rewards become a loss
-(`pairwise_loss`). train.py, generate.py and evaluate.py import from here and never from each other.
+become micro-batches (`pack`), the model reads them (`compute_rewards`), and two rewards become a
+loss (`pairwise_loss`). train.py, generate.py and evaluate.py import from here, never each other.
 
 Method: Ye et al., "Improving Reward Models with Synthetic Critiques", arXiv 2405.20850.
 
@@ -26,37 +26,47 @@ import zlib
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-T = TypeVar("T")
 
 # --------------------------------------------------------------------------------------------------
 # Errors and messages
 
 
 class CritiqueRMError(Exception):
-    """A mistake in the input or the surroundings; its text says where, what was found, what to do."""
+    """A mistake in the input or the surroundings: where it is, what was found, what to do."""
+
+
+@contextmanager
+def explain(problem: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns errors of other packages into a CritiqueRMError that adds what they say."""
+    try:
+        yield
+    except kinds as error:
+        raise CritiqueRMError(f"{problem} ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).partition("; use sys.")[0]  # there Python advises its programmers
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
 def say(message: str) -> None:
@@ -116,6 +126,7 @@ class Pair:
         )
 
 
+SIDES = ("chosen", "rejected")
 ROLES = ("system", "developer", "user", "assistant", "tool")  # templates print them: no free text
 MAX_LINE_BYTES = 16 * 2**20
 CRITIQUES_MISSING = "run generate.py on it first, or pass --no-critiques"
@@ -135,26 +146,13 @@ def read_pairs(
     Raises CritiqueRMError naming file, line, field, what was found and what to do; with `skip_bad`
     records that are wrong in themselves are left out and counted instead.
     """
-    pairs, n_ties, bad = [], 0, []
-    for where, record in _read_records(source):
-        try:
-            pair = _parse_pair(_object(record, where), where)
-        except CritiqueRMError as error:
-            if not skip_bad:
-                raise
-            bad.append(str(error))
-            continue
-        if pair:
-            pairs.append((where, pair))
-        else:
-            n_ties += 1
-    if bad:
-        say(f"{source}: {len(bad)} bad records skipped, the first: {bad[0]}")
-    if n_ties:
+    found = list(read_rows(source, _parse_pair, skip_bad))
+    decided = [(where, pair) for where, pair in found if pair]
+    if n_ties := len(found) - len(decided):
         say(f"{source}: {n_ties} pairs without a majority for one side dropped")
-    if not pairs:
-        raise CritiqueRMError(f"{source}: no preference pair in it; expected one JSON object a line")
-    pairs = _with_unique_ids(pairs, source)
+    if not decided:
+        raise CritiqueRMError(f"{source}: no preference pair in it; expected a JSON object a line")
+    pairs = _with_unique_ids(decided, source)
     return _replace_critiques(pairs, critiques, source) if critiques else pairs
 
 
@@ -162,7 +160,8 @@ def _replace_critiques(pairs: list[Pair], source: str, about: str) -> list[Pair]
     """Takes critiques by id from another file; pairs it does not hold are left without."""
     others = {pair.id: pair for pair in read_pairs(source)}
     if not any(pair.id in others for pair in pairs):
-        raise CritiqueRMError(f"{source}: no id in it is one of {about}; run generate.py on that file")
+        advice = "run generate.py on that file"
+        raise CritiqueRMError(f"{source}: no id in it is one of {about}; {advice}")
     replaced = []
     for pair in pairs:
         other = others.get(pair.id, replace(pair, chosen_critiques=(), rejected_critiques=()))
@@ -176,18 +175,31 @@ def _replace_critiques(pairs: list[Pair], source: str, about: str) -> list[Pair]
 
 def read_answers(source: str) -> list[Answer]:
     """Reads single records {prompt, response, critique?, id?}, to be scored on their own."""
-    answers = [
-        Answer(
-            _prompt(row, where),
-            _text(row, "response", where, may_be_empty=True),
-            _critiques(row, "critique", where),
-            _id(row, "id", where),
-        )
-        for where, row in read_rows(source)
-    ]
+    answers = [answer for _, answer in read_rows(source, _parse_answer)]
     if not answers:
-        raise CritiqueRMError(f"{source}: no answer in it; expected one JSON object a line")
+        raise CritiqueRMError(f"{source}: no answer in it; expected a JSON object a line")
     return answers
+
+
+def read_rows(
+    source: str, parse: Callable[[dict], Any] = dict, skip_bad: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Yields (where, what `parse` makes of the object) from a file or a Hub data set.
+
+    Raises CritiqueRMError that begins with `where`; `skip_bad` says how many it left out instead.
+    """
+    bad = []
+    for where, record in _read_records(source):
+        try:
+            parsed = parse(_object(record))
+        except CritiqueRMError as error:
+            bad.append(f"{where}: {error}")
+            if not skip_bad:
+                raise CritiqueRMError(bad[0]) from None
+        else:
+            yield where, parsed
+    if bad:
+        say(f"{source}: {len(bad)} bad records skipped, the first: {bad[0]}")
 
 
 def digest(*values: object) -> str:
@@ -205,22 +217,15 @@ def _with_unique_ids(located: list[tuple[str, Pair]], source: str) -> list[Pair]
                 f"{where}: id {pair.id!r} was already used at {seen[pair.id]}; "
                 "make ids unique, or remove them and they are made from the content"
             )
-        if not pair.id:
-            content = digest(asdict(pair))
-            names = (f"{content}-{n}" if n > 1 else content for n in itertools.count(1))
-            pair = replace(pair, id=next(name for name in names if name not in seen))
-            n_repeats += pair.id != content
-        seen[pair.id] = where
-        pairs.append(pair)
+        wanted = pair.id or digest(asdict(pair))
+        names = (f"{wanted}-{n}" if n > 1 else wanted for n in itertools.count(1))
+        pair_id = next(name for name in names if name not in seen)
+        n_repeats += pair_id != wanted
+        seen[pair_id] = where
+        pairs.append(replace(pair, id=pair_id))
     if n_repeats:
         say(f"{source}: {n_repeats} pairs repeat an earlier one to the letter (kept, ids numbered)")
     return pairs
-
-
-def read_rows(source: str) -> Iterator[tuple[str, dict]]:
-    """Yields (where, object) from a file or a Hub data set; `where` is for messages."""
-    for where, record in _read_records(source):
-        yield where, _object(record, where)
 
 
 def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
@@ -228,243 +233,201 @@ def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
     if not os.path.exists(source):
         yield from _read_hub(source)
         return
-    try:
-        with open(source, "rb") as raw:
-            stream = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-            is_array = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
-            yield from (_read_array if is_array else _read_lines)(source, stream)
-    except (OSError, EOFError, zlib.error) as error:
-        raise CritiqueRMError(f"{source}: cannot be read ({error}); is the file complete?") from None
+    problem = f"{source}: cannot be read; is the file complete?"
+    with explain(problem, OSError, EOFError, zlib.error), open(source, "rb") as raw:
+        stream = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+        is_array = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+        yield from (_read_array if is_array else _read_lines)(source, stream)
 
 
 def _read_lines(source: str, stream) -> Iterator[tuple[str, bytes]]:
-    for number in itertools.count(1):
-        line = stream.readline(MAX_LINE_BYTES + 1)
-        if not line:
-            return
+    parts = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
+    for number, line in enumerate(parts, 1):
         if line.strip(b"\xef\xbb\xbf \t\r\n"):
             yield f"{source}:{number}", line
         while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):  # the rest of a long one
-            line = stream.readline(MAX_LINE_BYTES + 1)
+            line = next(parts, b"")
 
 
 def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
-    text, decoder, before = io.TextIOWrapper(stream, "utf-8-sig"), json.JSONDecoder(), "["
+    text, decode = io.TextIOWrapper(stream, "utf-8-sig"), json.JSONDecoder().raw_decode
     buffer, number = "", 0
     while True:
-        buffer = buffer.lstrip(" \t\r\n")
+        buffer, before = buffer.lstrip(" \t\r\n"), "," if number else "["
         try:
-            if buffer[:1] == "]" and number and not (buffer[1:] + text.read(2**14)).strip():
-                return
             if buffer[:1] != before:
                 raise ValueError(f"expected {before}")
             item = buffer[1:].lstrip(" \t\r\n")
-            if item.rstrip() == "]" and not number and not text.read(2**14).strip():
-                return
-            value, end = decoder.raw_decode(item)
+            value, end = decode(item)
         except (ValueError, RecursionError) as error:  # wrong, or not yet read to its end
-            try:
+            with explain(f"{source}: not UTF-8 text, after item {number}", UnicodeDecodeError):
                 more = text.read(max(2**14, len(buffer)))
-            except UnicodeDecodeError:
-                raise CritiqueRMError(f"{source}: not UTF-8 text, after item {number}") from None
+            if not more and "".join(buffer.split()) == ("]" if number else "[]"):
+                return
             if not more or len(buffer) > MAX_LINE_BYTES or isinstance(error, RecursionError):
-                problem = str(error).split(";")[0]
-                raise CritiqueRMError(
-                    f"{source}: item {number + 1}: not valid JSON, or over 16 MB ({problem})"
-                ) from None
+                problem = f"not valid JSON, or over 16 MB ({_first_line(error)})"
+                raise CritiqueRMError(f"{source}: item {number + 1}: {problem}") from None
             buffer += more
-            continue
-        buffer, before, number = item[end:], ",", number + 1
-        yield f"{source}: item {number}", value
-
-
-def _object(record: bytes | object, where: str) -> dict:
-    """The JSON object of a record."""
-    if isinstance(record, bytes):
-        if len(record) > MAX_LINE_BYTES:
-            raise CritiqueRMError(f"{where}: line longer than 16 MB; shorten or remove it")
-        try:
-            record = json.loads(record.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise CritiqueRMError(f"{where}: not UTF-8 text; expected a JSON object") from None
-        except (ValueError, RecursionError) as error:
-            problem = str(error).split(";")[0]
-            raise CritiqueRMError(f"{where}: not valid JSON ({problem}); mend or remove it") from None
-    if not isinstance(record, dict):
-        raise CritiqueRMError(f"{where}: expected a JSON object, found {_shorten(record)}")
-    return record
+        else:
+            buffer, number = item[end:], number + 1
+            yield f"{source}: item {number}", value
 
 
 def _read_hub(source: str) -> Iterator[tuple[str, dict]]:
     name, _, split = source.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or re.search(r"\.jsonl?(\.gz)?$", name):
         raise CritiqueRMError(f"{source}: no such file")
-    try:
+    advice = "to read it as a Hub data set run: pip install datasets"
+    with explain(f"{source}: no such file; {advice}", ImportError):
         from datasets import load_dataset
-    except ImportError:
-        raise CritiqueRMError(
-            f"{source}: no such file; to read it as a Hub data set run: pip install datasets"
-        ) from None
-    try:
+    with explain(f"{source}: neither a file nor a Hub data set", Exception):  # of many kinds
         rows = load_dataset(name, split=split or "train")
-    except Exception as error:  # the library raises many kinds, of several packages
-        problem = str(error).splitlines()[0]
-        raise CritiqueRMError(f"{source}: neither a file nor a Hub data set ({problem})") from None
     for number, row in enumerate(rows, 1):
         yield f"{source}: row {number}", row
 
 
-def _parse_pair(row: dict, where: str) -> Pair | None:
+def _object(record: bytes | object) -> dict:
+    """The JSON object of a record."""
+    if isinstance(record, bytes):
+        if len(record) > MAX_LINE_BYTES:
+            raise CritiqueRMError("line longer than 16 MB; shorten or remove it")
+        with explain("not UTF-8 text; expected a JSON object", UnicodeDecodeError):
+            text = record.decode("utf-8-sig")
+        with explain("not valid JSON; mend or remove it", ValueError, RecursionError):
+            record = json.loads(text)
+    if not isinstance(record, dict):
+        raise CritiqueRMError(f"expected a JSON object, found {_shorten(record)}")
+    return record
+
+
+def _parse_answer(row: dict) -> Answer:
+    response = _text(row, "response", may_be_empty=True)
+    prompt = _messages(row, "prompt", "user")
+    return Answer(prompt, response, _critiques(row, "critique"), _id(row, "id"))
+
+
+def _parse_pair(row: dict) -> Pair | None:
     """Recognises the format by its fields; None is a tie."""
     if "annotator1" in row:
-        return _parse_pandalm(row, where)
+        return _parse_pandalm(row)
     if "output_1" in row:
-        return _parse_llmbar(row, where)
+        return _parse_llmbar(row)
     if "prompt" not in row and str(row.get("chosen")).lstrip().startswith("Human:"):
-        return _parse_transcripts(row, where)
-    return _parse_preference(row, where)
+        return _parse_transcripts(row)
+    return _parse_preference(row)
 
 
-def _parse_preference(row: dict, where: str) -> Pair:
+def _parse_preference(row: dict) -> Pair:
     """Ours, TRL (explicit or implicit prompt, plain or chat), UltraFeedback and RewardBench."""
-    (start_c, chosen), (start_r, rejected) = (_turns(row, side, where) for side in SIDES)
-    if start_c != start_r:
+    (*start, chosen), (*other, rejected) = (_messages(row, side, "assistant") for side in SIDES)
+    for side, last in zip(SIDES, (chosen, rejected)):
+        if last.role != "assistant":
+            raise CritiqueRMError(f"the last message of {side!r} is not the assistant's")
+    if start != other:
         raise CritiqueRMError(
-            f"{where}: 'chosen' and 'rejected' differ before their last message; "
-            "a pair needs one prompt"
+            "'chosen' and 'rejected' differ before their last message; a pair needs one prompt"
         )
-    if "prompt" not in row and not start_c:  # TRL's implicit prompt in plain text
+    chosen, rejected = chosen.content, rejected.content
+    if "prompt" not in row and not start:  # TRL's implicit prompt in plain text
         n = len(os.path.commonprefix([chosen, rejected]))
         n = chosen.rfind(" ", 0, n) + 1 if n < max(len(chosen), len(rejected)) else n
-        row = {**row, "prompt": chosen[:n]}
+        row = row | {"prompt": chosen[:n]}
         chosen, rejected = chosen[n:], rejected[n:]
     # UltraFeedback repeats the prompt inside the messages; TRL's explicit prompt stands before them
-    whole = bool(start_c) and ("prompt" not in row or start_c[0].role != "assistant")
-    prompt = start_c if whole else _prompt(row, where) + start_c
-    for side, response in zip(SIDES, (chosen, rejected)):
-        _text({side: response}, side, where, may_be_empty=True)
+    is_whole = start and ("prompt" not in row or start[0].role != "assistant")
+    prompt = (*(() if is_whole else _messages(row, "prompt", "user")), *start)
     try:
         margin = 0.0 if row.get("margin") is None else float(row["margin"])
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):
-        raise CritiqueRMError(f"{where}: 'margin' is {_shorten(row['margin'])}; expected a number")
-    return Pair(
-        id=_id(row, "id", where),
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        chosen_critiques=_critiques(row, "chosen_critique", where),
-        rejected_critiques=_critiques(row, "rejected_critique", where),
-        subset=_text({"subset": row.get("subset") or ""}, "subset", where, may_be_empty=True),
-        margin=margin,
-    )
+        raise CritiqueRMError(f"'margin' is {_shorten(row['margin'])}; expected a number")
+    critiques = (_critiques(row, f"{side}_critique") for side in SIDES)
+    subset = _text({"subset": row.get("subset") or ""}, "subset", may_be_empty=True)
+    return Pair(_id(row, "id"), prompt, chosen, rejected, *critiques, subset, margin)
 
 
-SIDES = ("chosen", "rejected")
-
-
-def _parse_transcripts(row: dict, where: str) -> Pair:
+def _parse_transcripts(row: dict) -> Pair:
     """HH-RLHF: two transcripts with the same beginning up to the last "Assistant:"."""
-    turns = {}
+    roles, turns = {"Human": "user", "Assistant": "assistant"}, {}
     for side in SIDES:
-        text = _text(row, side, where)
-        parts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + text.lstrip())[1:]
-        roles = ["user" if name == "Human" else "assistant" for name in parts[::2]]
-        turns[side] = [
-            {"role": role, "content": content} for role, content in zip(roles, parts[1::2])
-        ]
-    return _parse_preference({**row, **turns}, where)
+        text = "\n\n" + _text(row, side).lstrip()
+        _, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
+        named = zip(parts[::2], parts[1::2])
+        messages = [{"role": roles[name], "content": content} for name, content in named]
+        turns[side] = messages or text
+    return _parse_preference(row | turns)
 
 
-def _parse_pandalm(row: dict, where: str) -> Pair | None:
+def _parse_pandalm(row: dict) -> Pair | None:
     """PandaLM's testset-v1: annotators say 0 (tie), 1 or 2; some responses are JSON booleans."""
     votes = [row.get(f"annotator{n}") for n in (1, 2, 3)]
     if any(vote not in (0, 1, 2) for vote in votes):
-        raise CritiqueRMError(f"{where}: annotators are {votes}; expected 0, 1 or 2 each")
+        raise CritiqueRMError(f"annotators are {votes}; expected 0, 1 or 2 each")
     best = next((side for side in (1, 2) if votes.count(side) >= 2), None)
     if best is None:
         return None
-    parts = [_text(row, name, where, may_be_empty=True) for name in ("instruction", "input")]
-    prompt = _text({"instruction": "\n\n".join(filter(None, parts))}, "instruction", where)
-    responses = [
-        str(row[name])
-        if isinstance(row.get(name), bool)
-        else _text(row, name, where, may_be_empty=True)
-        for name in ("response1", "response2")
-    ]
-    return Pair(
-        id=f"pandalm-{number}" if (number := _id(row, "idx", where)) else "",
-        prompt=(Message("user", prompt),),
-        chosen=responses[best - 1],
-        rejected=responses[2 - best],
-        subset="pandalm",
-    )
+    names = ("response1", "response2")
+    row = row | {name: str(row[name]) for name in names if isinstance(row.get(name), bool)}
+    parts = [_text(row, name, may_be_empty=True) for name in ("instruction", "input")]
+    prompt = _text({"instruction": "\n\n".join(filter(None, parts))}, "instruction")
+    pair_id = f"pandalm-{number}" if (number := _id(row, "idx")) else ""
+    responses = _ordered(row, names, best)
+    return Pair(pair_id, (Message("user", prompt),), *responses, subset="pandalm")
 
 
-def _parse_llmbar(row: dict, where: str) -> Pair:
+def _parse_llmbar(row: dict) -> Pair:
     if row.get("label") not in (1, 2):
-        raise CritiqueRMError(f"{where}: 'label' is {_shorten(row.get('label'))}; expected 1 or 2")
-    prompt = (Message("user", _text(row, "input", where)),)
-    outputs = [_text(row, name, where, may_be_empty=True) for name in ("output_1", "output_2")]
-    return Pair(_id(row, "id", where), prompt, outputs[row["label"] - 1], outputs[2 - row["label"]])
+        raise CritiqueRMError(f"'label' is {_shorten(row.get('label'))}; expected 1 or 2")
+    prompt = (Message("user", _text(row, "input")),)
+    return Pair(_id(row, "id"), prompt, *_ordered(row, ("output_1", "output_2"), row["label"]))
 
 
-def _turns(row: dict, side: str, where: str) -> tuple[tuple[Message, ...], str]:
-    """The messages before the response (none for plain text), and the response."""
-    if not isinstance(row.get(side), list):
-        return (), _text(row, side, where, may_be_empty=True)  # a model may answer nothing
-    messages = _messages(row[side], side, where)
-    if not messages or messages[-1].role != "assistant":
-        raise CritiqueRMError(f"{where}: the last message of {side!r} is not the assistant's")
-    return messages[:-1], messages[-1].content
+def _ordered(row: dict, names: tuple[str, str], best: int) -> list[str]:
+    """Chosen and rejected of two responses, of which number `best` (1 or 2) was preferred."""
+    texts = [_text(row, name, may_be_empty=True) for name in names]
+    return texts if best == 1 else texts[::-1]
 
 
-def _prompt(row: dict, where: str) -> tuple[Message, ...]:
-    value = row.get("prompt")
-    if isinstance(value, list) and value:
-        return _messages(value, "prompt", where)
-    return (Message("user", _text(row, "prompt", where)),)
-
-
-def _messages(value: list, field: str, where: str) -> tuple[Message, ...]:
-    messages = []
+def _messages(row: dict, field: str, role: str) -> tuple[Message, ...]:
+    """The messages of a field; plain text is one of `role`, and a model may answer nothing."""
+    value = row.get(field)
+    if not value or not isinstance(value, list):
+        return (Message(role, _text(row, field, may_be_empty=role == "assistant")),)
     for n, item in enumerate(value, 1):
         if not isinstance(item, dict) or item.get("role") not in ROLES:
-            raise CritiqueRMError(
-                f"{where}: message {n} of {field!r} is {_shorten(item)}; expected "
-                f'{{"role": one of {", ".join(ROLES)}, "content": text}}'
-            )
-        messages.append(Message(item["role"], _text(item, "content", where, may_be_empty=True)))
-    return tuple(messages)
+            expected = f'{{"role": one of {", ".join(ROLES)}, "content": text}}'
+            found = f"message {n} of {field!r} is {_shorten(item)}"
+            raise CritiqueRMError(f"{found}; expected {expected}")
+    return tuple(Message(m["role"], _text(m, "content", may_be_empty=True)) for m in value)
 
 
-def _critiques(row: dict, field: str, where: str) -> tuple[str, ...]:
+def _critiques(row: dict, field: str) -> tuple[str, ...]:
     value = row.get(field)
     values = [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(_text({field: item}, field, where) for item in values)
+    return tuple(_text({field: item}, field) for item in values)
 
 
-def _id(row: dict, field: str, where: str) -> str:
+def _id(row: dict, field: str) -> str:
     value = row.get(field)
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise CritiqueRMError(f"{where}: {field!r} is {_shorten(value)}; expected text or a number")
-    return _text({field: str(value)}, field, where)
+        raise CritiqueRMError(f"{field!r} is {_shorten(value)}; expected text or a number")
+    return _text({field: str(value)}, field)
 
 
-def _text(row: dict, field: str, where: str, may_be_empty: bool = False) -> str:
+def _text(row: dict, field: str, may_be_empty: bool = False) -> str:
     if field not in row:
         found = ", ".join(map(_shorten, row)) or "no field at all"
-        raise CritiqueRMError(f"{where}: no field {field!r}; found {found}")
+        raise CritiqueRMError(f"no field {field!r}; found {found}")
     value = row[field]
     if not isinstance(value, str):
-        raise CritiqueRMError(f"{where}: {field!r} is {_shorten(value)}; expected text")
+        raise CritiqueRMError(f"{field!r} is {_shorten(value)}; expected text")
     if not may_be_empty and not value.strip():
-        raise CritiqueRMError(f"{where}: {field!r} is empty; remove the line or fill it in")
+        raise CritiqueRMError(f"{field!r} is empty; remove the line or fill it in")
     if re.search("[\ud800-\udfff]", value):
-        raise CritiqueRMError(f"{where}: {field!r} holds half a surrogate pair; mend the encoding")
+        raise CritiqueRMError(f"{field!r} holds half a surrogate pair; mend the encoding")
     return value
 
 
@@ -522,54 +485,60 @@ class Encoder:
         self.tokenizer, self.max_length_tokens = tokenizer, max_length_tokens
         self.use_critiques, self.keep_tail = use_critiques, keep_tail
         if not tokenizer.is_fast:
-            raise CritiqueRMError("the tokenizer has no tokenizer.json; save it as a fast tokenizer")
+            raise CritiqueRMError("the tokenizer has no tokenizer.json; save it as a fast one")
         if tokenizer.chat_template is None:
             say("tokenizer without chat template: using plain 'User: … Assistant: …' text")
             tokenizer.chat_template = PLAIN_TEMPLATE
         tokenizer.chat_template = tokenizer.get_chat_template()  # the default one of several
         if "strftime_now" in tokenizer.chat_template and FROZEN_DATE not in tokenizer.chat_template:
             tokenizer.chat_template = FROZEN_DATE + tokenizer.chat_template
+        added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
         # runs of white space that some vocabularies (Gemma) add are text like any other
-        self.control_ids = {
-            token.content: i
-            for i, token in tokenizer.added_tokens_decoder.items()
-            if len(token.content.strip()) > 1
-        }
+        self.control_ids = {token: i for i, token in added.items() if len(token.strip()) > 1}
         longest_first = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
-        self._control = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self._control = re.compile("|".join(longest_first) or "(?!)")
         nonce = secrets.token_hex(8)  # no result depends on it
         self._names = {t: f"\ue000{nonce}-{n}\ue001" for n, t in enumerate(self.control_ids)}
-        self._twin = self._rename_control_tokens()
-        self._ids = {
-            self._twin.token_to_id(self._names.get(token.content, token.content)): i
-            for i, token in tokenizer.added_tokens_decoder.items()
-        }
+        self._twin = self._make_twin()
+        twins = {i: self._names.get(token, token) for i, token in added.items()}
+        self._ids = {self._twin.token_to_id(token): i for i, token in twins.items()}
         self.skeleton = cache(self._skeleton)
         self.counts: Counter[str] = Counter()
 
-    def _skeleton(self, roles: tuple[str, ...]) -> list[str | tuple[int, bool, bool]]:
-        """The rendered template as literal text and slots (message, strip left, strip right).
+    def _make_twin(self) -> Tokenizer:
+        """The same tokenizer, its control tokens renamed."""
+        spec, names = json.loads(self.tokenizer.backend_tokenizer.to_str()), self._names
+        for token in spec["added_tokens"]:
+            if token["content"] in names:
+                token |= {"content": names[token["content"]], "normalized": False}
+        model = spec["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+        else:  # a unigram model lists (token, score)
+            model["vocab"] = [[names.get(token, token), x] for token, x in model["vocab"]]
+        if unknown := model.get("unk_token"):
+            model["unk_token"] = names.get(unknown, unknown)
+        unused = {"post_processor": None, "truncation": None, "padding": None}
+        return Tokenizer.from_str(json.dumps(spec | unused))
 
-        An em space on each side of the placeholder shows whether the template strips the content.
+    def _skeleton(self, roles: tuple[str, ...], renamed: bool) -> tuple[str, ...]:
+        """The rendered template: text, left, number and right for each message, and the tail.
+
+        Left and right are an em space, or nothing where the template strips the content.
         """
-        marked = [
-            {"role": role, "content": f"\u2003\ue000{n}\ue001\u2003"} for n, role in enumerate(roles)
-        ]
-        try:
+        contents = (f"\u2003\ue000{n}\ue001\u2003" for n in range(len(roles)))
+        marked = [{"role": role, "content": text} for role, text in zip(roles, contents)]
+        turns = f"the turns {', '.join(roles)}; change the prompts or the template"
+        with explain(f"the chat template refuses {turns}", jinja2.TemplateError, TypeError):
             text = self.tokenizer.apply_chat_template(marked, tokenize=False)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise CritiqueRMError(
-                f"the chat template refuses the turns {', '.join(roles)}: {error}; "
-                "change the prompts or the template"
-            ) from None
-        literals = re.split("(\u2003?)\ue000(\\d+)\ue001(\u2003?)", text)
-        tail = literals.pop()
-        if not literals or int(literals[-2]) != len(roles) - 1:
+        parts = re.split("(\u2003?)\ue000(\\d+)\ue001(\u2003?)", text)
+        if len(parts) == 1 or int(parts[-3]) != len(roles) - 1:
             raise CritiqueRMError("the chat template does not end with the assistant's message")
-        pieces: list[str | tuple[int, bool, bool]] = []
-        for literal, left, n, right in zip(*(literals[k::4] for k in range(4))):
-            pieces += [literal, (int(n), not left, not right)]
-        return [*pieces, tail if self.keep_tail else self._end(tail)]
+        if not self.keep_tail:
+            parts[-1] = self._end(parts[-1])
+        if renamed:
+            parts[::4] = (self._control.sub(lambda m: self._names[m[0]], t) for t in parts[::4])
+        return tuple(parts)
 
     def _end(self, tail: str) -> str:
         """Cuts what follows the first control token after the response, or adds the eos token."""
@@ -579,31 +548,24 @@ class Encoder:
             raise CritiqueRMError("the tokenizer has no end token; set its eos_token")
         return tail.rstrip() + self.tokenizer.eos_token
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation that ends with the assistant's message, as it is encoded."""
-        return "".join(text for text, _ in self._pieces(messages))
+    def render(self, messages: Sequence[Message], renamed: bool = False) -> str:
+        """The text of a conversation that ends with the assistant's message, as it is encoded.
 
-    def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
-        """Yields (text, whether the template wrote it)."""
-        for piece in self.skeleton(tuple(message.role for message in messages)):
-            if isinstance(piece, str):
-                yield piece, True
-            else:
-                n, left, right = piece
-                content = messages[n].content
-                content = content.lstrip() if left else content
-                yield content.rstrip() if right else content, False
+        `renamed` gives the template's control tokens the names that the twin has for them.
+        """
+        *parts, tail = self.skeleton(tuple(message.role for message in messages), renamed)
+        text = ""
+        for literal, left, n, right in zip(*(parts[k::4] for k in range(4))):
+            content = messages[int(n)].content
+            content = content if left else content.lstrip()
+            text += literal + (content if right else content.rstrip())
+        return text + tail
 
     def encode(self, messages: Sequence[Message]) -> np.ndarray:
         """Token ids (T,) int32 of a conversation that ends with the assistant's message."""
-        text = "".join(
-            self._control.sub(lambda m: self._names[m[0]], text) if is_template else text
-            for text, is_template in self._pieces(messages)
-        )
-        encoded = self._twin.encode(text, add_special_tokens=False)
-        ids = [self._ids.get(i, i) for i in encoded.ids]
-        bos = self.tokenizer.bos_token_id
-        if len(ids) > 1 and ids[0] == ids[1] == bos:
+        text = self.render(messages, renamed=True)
+        ids = [self._ids.get(i, i) for i in self._twin.encode(text, add_special_tokens=False).ids]
+        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
             ids = ids[1:]
         return np.array(ids, np.int32)
 
@@ -612,22 +574,6 @@ class Encoder:
         """The token every sequence ends with: the reward is read there."""
         return int(self.encode((Message("user", "a"), Message("assistant", "b")))[-1])
 
-    def _rename_control_tokens(self) -> Tokenizer:
-        """The twin: the same tokenizer, its control tokens renamed."""
-        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for token in spec["added_tokens"]:
-            if token["content"] in self._names:
-                token |= {"content": self._names[token["content"]], "normalized": False}
-        model = spec["model"]
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {self._names.get(token, token): i for token, i in model["vocab"].items()}
-        else:  # a unigram model lists (token, score)
-            model["vocab"] = [[self._names.get(token, token), x] for token, x in model["vocab"]]
-        if unknown := model.get("unk_token"):
-            model["unk_token"] = self._names.get(unknown, unknown)
-        unused = {"post_processor": None, "truncation": None, "padding": None}
-        return Tokenizer.from_str(json.dumps(spec | unused))
-
     def encode_answers(self, answers: Sequence[Answer]) -> list[list[np.ndarray]] | None:
         """Encodes answers to one prompt: for each answer one sequence per critique.
 
@@ -635,52 +581,47 @@ class Encoder:
         keep their beginning, the prompt its end, cut at the same place for all answers. None if
         even that does not fit.
         """
-        prompt = answers[0].prompt
-        encoded = self._encode_cut(prompt, answers, [a.response for a in answers])
-        if self._excess(encoded) <= 0:
+        prompt, responses = answers[0].prompt, [a.response for a in answers]
+        encoded, excess = self._encode_as(prompt, answers, responses)
+        if excess <= 0:
             return encoded
-        blank = tuple(Message(m.role, "") for m in prompt)
-        fixed = self._encode_cut(blank, answers, [""] * len(answers))
+        blank = [Message(m.role, "") for m in prompt]
+        fixed, _ = self._encode_as(blank, answers, [""] * len(answers))
         room = [self.max_length_tokens - max(map(len, sequences)) for sequences in fixed]
-        sizes = [len(self._offsets(a.response)) for a in answers]
+        offsets = [self._offsets(response) for response in responses]
         while min(room) >= MIN_TEXT_TOKENS:
-            n_prompt = min(max(r - size, r // 2) for r, size in zip(room, sizes))
-            n_kept = n_prompt
-            while True:  # a piece of a word can be more tokens alone than in its place
+            n_prompt = min(max(r - len(o), r // 2) for r, o in zip(room, offsets))
+            for n_kept in range(n_prompt, -1, -1):  # a piece of a word can be more tokens alone
                 cut = self._cut_prompt(prompt, n_kept)
                 used = sum(len(self._offsets(m.content)) for m in cut)
                 if used <= n_prompt:
                     break
-                n_kept -= 1
-            responses = [self._cut_response(a.response, r - used) for a, r in zip(answers, room)]
-            encoded = self._encode_cut(cut, answers, responses)
-            if (excess := self._excess(encoded)) <= 0:
+            kept = [
+                text if len(o) <= r - used else text[: o[r - used][0]]
+                for text, r, o in zip(responses, room, offsets)
+            ]
+            encoded, excess = self._encode_as(cut, answers, kept)
+            if excess <= 0:
                 self.counts["truncated"] += 1
                 return encoded
             room = [r - excess for r in room]  # tokens that merge across a cut
         self.counts["dropped as too long"] += 1
         return None
 
-    def _encode_cut(
+    def _encode_as(
         self, prompt: Sequence[Message], answers: Sequence[Answer], responses: list[str]
-    ) -> list[list[np.ndarray]]:
+    ) -> tuple[list[list[np.ndarray]], int]:
+        """The sequences of answers with this prompt and responses; the tokens above the limit."""
         encoded = []
         for answer, response in zip(answers, responses):
             critiques = answer.critiques if self.use_critiques else ()
             texts = [response + SEPARATOR + c for c in critiques] or [response]
             encoded.append([self.encode((*prompt, Message("assistant", text))) for text in texts])
-        return encoded
-
-    def _excess(self, encoded: list[list[np.ndarray]]) -> int:
-        return max(map(len, itertools.chain(*encoded))) - self.max_length_tokens
+        return encoded, max(map(len, itertools.chain(*encoded))) - self.max_length_tokens
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         options = {"add_special_tokens": False, "return_offsets_mapping": True}
         return self.tokenizer(text, **options)["offset_mapping"]
-
-    def _cut_response(self, text: str, n_tokens: int) -> str:
-        offsets = self._offsets(text)
-        return text if len(offsets) <= n_tokens else text[: offsets[n_tokens][0]]
 
     def _cut_prompt(self, prompt: Sequence[Message], n_tokens: int) -> list[Message]:
         """Keeps the last tokens: what is asked stands at the end of a conversation."""
@@ -699,25 +640,23 @@ class Encoder:
         Raises CritiqueRMError if no pair is left.
         """
         self.counts.clear()
-        encoded = [e for pair in pairs if (e := self._encode_pair(pair))]
-        changes = ", ".join(f"{n} {what}" for what, n in self.counts.items()) or "none cut or left out"
+        encoded = []
+        for pair in pairs:
+            if self.use_critiques and not (pair.chosen_critiques and pair.rejected_critiques):
+                self.counts["without critique"] += 1
+            elif sides := self.encode_answers(pair.answers):
+                chosen, rejected = ([ids.tolist() for ids in side] for side in sides)
+                if chosen == rejected:
+                    self.counts["with equal token sequences"] += 1
+                else:
+                    encoded.append(EncodedPair(pair, *sides))
+        counted = [f"{n} {what}" for what, n in self.counts.items()]
+        changes = ", ".join(counted) or "none cut or left out"
         say(f"{source}: {len(encoded)} of {len(pairs)} pairs used; {changes}")
         if not encoded:
             hint = f"; {CRITIQUES_MISSING}" if self.counts["without critique"] else ""
             raise CritiqueRMError(f"{source}: no pair is left to use ({changes}){hint}")
         return encoded
-
-    def _encode_pair(self, pair: Pair) -> EncodedPair | None:
-        if self.use_critiques and not (pair.chosen_critiques and pair.rejected_critiques):
-            self.counts["without critique"] += 1
-            return None
-        sides = self.encode_answers(pair.answers)
-        if sides is None:
-            return None
-        if [ids.tolist() for ids in sides[0]] == [ids.tolist() for ids in sides[1]]:
-            self.counts["with equal token sequences"] += 1
-            return None
-        return EncodedPair(pair, *sides)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -744,8 +683,7 @@ class Trie:
 
 def build_trie(sequences: Sequence[np.ndarray], numbers: Sequence[int]) -> Trie:
     """Builds the prefix trie of token sequences, found on ids alone."""
-    total = sum(map(len, sequences))
-    ids, positions, ends = np.empty((3, total), np.int32)
+    ids, positions, ends = np.empty((3, sum(map(len, sequences))), np.int32)
     last = np.empty(len(sequences), np.int32)
     path = previous = np.empty(0, np.int32)  # where each token of the current path stands
     n = 0
@@ -776,7 +714,7 @@ def build_tries(sequences: Sequence[np.ndarray], numbers: Sequence[int], share: 
 
 
 def pack(
-    units: Sequence[Sequence[Trie]], budget_tokens: int, share: bool, rank: int = 0, n_ranks: int = 1
+    units: Sequence[list[Trie]], budget_tokens: int, share: bool, rank: int = 0, n_ranks: int = 1
 ) -> list[list[list[Trie]]]:
     """This rank's micro-batches, as rows of tries; the tries of a unit stay together.
 
@@ -790,32 +728,29 @@ def pack(
     where a micro-batch counts for budget / 32 tokens more: the weights are gathered for each.
     """
 
-    def size(unit: Sequence[Trie]) -> int:
-        return len(unit) * max(map(len, unit))
+    def order(unit: list[Trie]) -> int:
+        """Longest first: minus the tokens that the unit takes."""
+        return -len(unit) * max(map(len, unit))
 
-    waiting = sorted(units, key=size, reverse=True)  # stable
-    batches = []
+    waiting, batches = sorted(units, key=order), []
     while waiting:
-        width, rows, n_used, options = size(waiting[0]), [], 0, []
+        width, rows, n_used, options = -order(waiting[0]), [], 0, []
         most = n_ranks * max(1, budget_tokens // width)
         while waiting and len(rows) < most:
             row, space = [], width
-            while (k := bisect_left(waiting, -space, key=lambda unit: -size(unit))) < len(waiting):
+            while (k := bisect_left(waiting, -space, key=order)) < len(waiting):
                 row.append(waiting.pop(k))
-                n_used += size(row[-1])
-                space = space - size(row[-1]) if share else 0
+                n_used -= order(row[-1])
+                space = space + order(row[-1]) if share else 0
             rows.append(row)
             if len(rows) % n_ranks == 0 or not waiting:
                 cost = math.ceil(len(rows) / n_ranks) * width + budget_tokens / 32
                 options.append((cost / n_used, len(rows)))
         n_rows = min(options)[1]
         for unit in itertools.chain(*rows[n_rows:]):
-            insort(waiting, unit, key=lambda unit: -size(unit))
-        mine = rows[:n_rows][rank::n_ranks]
-        if share:
-            batches.append([[trie for (trie,) in row] for row in mine])
-        else:
-            batches.append([[trie] for (unit,) in mine for trie in unit])
+            insort(waiting, unit, key=order)
+        mine = [list(itertools.chain(*row)) for row in rows[:n_rows][rank::n_ranks]]
+        batches.append(mine if share else [[trie] for row in mine for trie in row])
     return batches
 
 
@@ -833,23 +768,19 @@ class Batch:
 
 def collate(rows: Sequence[Sequence[Trie]], device: torch.device) -> Batch:
     """Lays out rows of tries as tensors; without rows, one padding token and no sequence."""
-    width = max((sum(map(len, row)) for row in rows), default=1)
-    shape = (max(1, len(rows)), width)
+    lengths = [sum(map(len, row)) for row in rows]
+    shape = (max(1, len(rows)), max(lengths, default=1))
     ids, positions = np.zeros((2, *shape), np.int64)
-    ends = np.broadcast_to(np.arange(1, width + 1), shape).copy()  # padding sees only itself
+    ends = np.tile(np.arange(1, shape[1] + 1), (shape[0], 1))  # padding sees only itself
     last, numbers = [np.empty((2, 0), np.int64)], [np.empty(0, np.int64)]
     for r, row in enumerate(rows):
-        start = 0
-        for trie in row:
-            place = slice(start, start + len(trie))
-            ids[r, place], positions[r, place], ends[r, place] = trie.ids, trie.positions, trie.ends
-            ends[r, place] += start
+        for start, trie in zip(itertools.accumulate(map(len, row), initial=0), row):
+            place = r, slice(start, start + len(trie))
+            ids[place], positions[place], ends[place] = trie.ids, trie.positions, trie.ends + start
             last.append(np.stack([np.full(len(trie.last), r), trie.last + start]))
             numbers.append(trie.numbers)
-            start += len(trie)
-    n_tokens = sum(len(trie) for row in rows for trie in row)
     arrays = ids, positions, ends, np.concatenate(last, 1), np.concatenate(numbers)
-    return Batch(*(torch.from_numpy(a.astype(np.int64)).to(device) for a in arrays), n_tokens)
+    return Batch(*(torch.from_numpy(array).to(device) for array in arrays), sum(lengths))
 
 
 LOWEST = torch.finfo(torch.bfloat16).min  # finite in fp32 and in bf16
@@ -864,58 +795,49 @@ def attention_masks(batch: Batch, config: PreTrainedConfig) -> Tensor | dict[str
     """
     index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     key, query = index[None, None, :], index[None, :, None]
-    seen = (key <= query) & (query < batch.ends[:, None, :])  # (R, T, T)
-    distance = batch.positions[:, :, None] - batch.positions[:, None, :]
-    window = getattr(config, "sliding_window", None)
-
-    def additive(allowed: Tensor) -> Tensor:
-        mask = torch.zeros(allowed.shape, device=allowed.device)
-        return mask.masked_fill_(~allowed, LOWEST)[:, None]
-
+    seen = near = (key <= query) & (query < batch.ends[:, None, :])  # (R, T, T)
+    if window := getattr(config, "sliding_window", None):
+        near = seen & (batch.positions[:, :, None] - batch.positions[:, None, :] < window)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        return additive(seen & (distance < window) if window else seen)
-    return {
-        kind: additive(seen & (distance < window) if kind == "sliding_attention" else seen)
-        for kind in sorted(set(kinds))
-    }
+        return torch.where(near, 0.0, LOWEST)[:, None]
+    masks = {"full_attention": seen, "sliding_attention": near}
+    return {kind: torch.where(masks[kind], 0.0, LOWEST)[:, None] for kind in sorted(set(kinds))}
 
 
 # --------------------------------------------------------------------------------------------------
 # Processes
 
 
-def start_processes(shard_group: int | None = None) -> tuple[torch.device, DeviceMesh]:
+def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.DeviceMesh]:
     """Joins the process group, of size 1 without torchrun: one code path for one and many.
 
     The mesh is that to shard a model over: all processes, or groups of `shard_group` of them that
     each hold a replica.
     """
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
-    if kind == "cuda":
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
         if device.index >= torch.cuda.device_count():
             raise OSError(f"only {torch.cuda.device_count()} GPUs here; lower --nproc-per-node")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         hours = timedelta(hours=3)  # ranks wait for one to download or to write the whole model
         dist.init_process_group(backend, timeout=hours, **({} if "RANK" in os.environ else alone))
         _cpu_group()  # while all are here
     n = dist.get_world_size()
     if not shard_group:
-        return device, init_device_mesh(kind, (n,))
+        return device, dist.init_device_mesh(device.type, (n,))
     if n % shard_group:
         raise CritiqueRMError(f"{n} processes are not groups of {shard_group}; mend --shard-group")
-    names = ("replicate", "shard")
-    return device, init_device_mesh(kind, (n // shard_group, shard_group), mesh_dim_names=names)
+    shape, names = (n // shard_group, shard_group), ("replicate", "shard")
+    return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 def meet(place: str, minutes: float = 30) -> None:
     """Waits for all ranks. Raises CritiqueRMError that names those which did not come in time."""
-    if dist.get_world_size() == 1:
-        return
     try:
         dist.monitored_barrier(_cpu_group(), timedelta(minutes=minutes), wait_all_ranks=True)
     except RuntimeError as error:
@@ -937,7 +859,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def on_rank_zero(function: Callable[[], T]) -> T:
+def on_rank_zero(function: Callable[[], Any]) -> Any:
     """Calls a function on rank 0; its result, or its error, reaches all ranks."""
     outcome: list = [None, None]
     if dist.get_rank() == 0:
@@ -956,38 +878,23 @@ def on_rank_zero(function: Callable[[], T]) -> T:
 
 
 def find_model(name: str) -> str:
-    """The folder of a model: itself, or the snapshot of a Hub model's safetensors and text files."""
+    """A model's folder: itself, or the snapshot of a Hub model's safetensors and text files."""
     if os.path.isdir(name):
         return name
-
-    def fetch() -> str:
-        try:
-            patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-            return snapshot_download(name, allow_patterns=patterns)
-        except Exception as error:  # of many kinds: no network, no such name, no access
-            raise CritiqueRMError(
-                f"{name}: neither a folder nor a Hub model ({_first_line(error)})"
-            ) from None
-
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        fetch()  # once per machine; the others then find it in the cache
-    dist.barrier()
-    return fetch()
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    with explain(f"{name}: neither a folder nor a Hub model", Exception):  # of many kinds
+        return snapshot_download(name, allow_patterns=patterns)  # locks: one rank downloads a file
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    try:
+    with explain(f"{folder}: no usable tokenizer", OSError, ValueError, KeyError):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CritiqueRMError(f"{folder}: no usable tokenizer ({_first_line(error)})") from None
 
 
 def load_config(folder: str) -> PreTrainedConfig:
     """Reads and checks config.json; the result describes a reward model: one label, no dropout."""
-    try:
+    with explain(f"{folder}: no usable config.json", Exception):  # a wrong value raises many kinds
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a wrong value raises errors of other packages
-        raise CritiqueRMError(f"{folder}: no usable config.json ({_first_line(error)})") from None
     if getattr(config, "auto_map", None):
         raise CritiqueRMError(f"{folder}: the model asks to run its own code; that is never done")
     for name, value in vars(config).items():
@@ -1008,37 +915,34 @@ def check_fits(config: PreTrainedConfig, encoder: Encoder) -> None:
         )
     longest = getattr(config, "max_position_embeddings", None) or math.inf
     if encoder.max_length_tokens > longest:
-        raise CritiqueRMError(f"the model reads at most {longest} tokens; lower --max-length-tokens")
-
-
-def build_model(config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: DeviceMesh):
-    """Builds a sharded model without weights; `read_weights` fills it.
-
-    The parameters are fp32 and sharded (FSDP2) block by block, then the rest of the trunk, then the
-    head, so that the trunk computes in `compute_dtype` and the head in fp32. Nothing is allocated
-    before it is sharded: no rank holds the whole model.
-    """
-    with torch.device("meta"):
-        model = make_model(config)
-    return shard(model, compute_dtype, mesh)
+        raise CritiqueRMError(f"the model reads only {longest} tokens; lower --max-length-tokens")
 
 
 def make_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the config with new weights. Raises CritiqueRMError if it has no `score` head."""
-    try:
+    with explain(f"no sequence classification for {config.model_type!r} models", ValueError):
         model = AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
-        raise CritiqueRMError(
-            f"no sequence classification for {config.model_type!r} models ({_first_line(error)})"
-        ) from None
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise CritiqueRMError(
-            f"{type(model).__name__} has no linear head named 'score'; use a decoder model"
-        )
+        kind = type(model).__name__
+        raise CritiqueRMError(f"{kind} has no linear head named 'score'; use a decoder model")
     return model
 
 
-def shard(model: PreTrainedModel, compute_dtype: torch.dtype, mesh: DeviceMesh) -> PreTrainedModel:
+def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
+    return getattr(model, model.base_model_prefix), model.score
+
+
+def build_model(
+    config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: dist.DeviceMesh, empty: bool = True
+) -> PreTrainedModel:
+    """Builds a sharded model, without weights, which `read_weights` fills, or with new ones.
+
+    The parameters are fp32 and sharded (FSDP2) block by block, then the rest of the trunk, then the
+    head, so that the trunk computes in `compute_dtype` and the head in fp32. An empty one allocates
+    nothing before it is sharded: no rank holds the whole model.
+    """
+    with torch.device("meta" if empty else "cpu"):
+        model = make_model(config)
     trunk, head = trunk_and_head(model)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     blocks = next(m for m in trunk.modules() if isinstance(m, nn.ModuleList))
@@ -1060,14 +964,10 @@ def keep_gathered(model: PreTrainedModel, keep: bool) -> None:
         module.set_reshard_after_backward(not keep)
 
 
-def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
-    return getattr(model, model.base_model_prefix), model.score
-
-
 def read_weights(
     model: PreTrainedModel, folder: str, device: torch.device, head_seed: int | None = None
 ) -> None:
-    """Fills a model from a folder's safetensors, each rank reading its part.
+    """Fills a model without weights from a folder's safetensors, each rank reading its part.
 
     With `head_seed` the folder is a language model and the head starts anew; without it the head
     must be in the folder. Keys of a language model may carry the trunk's prefix or not.
@@ -1079,49 +979,44 @@ def read_weights(
             f"{folder}: no *.safetensors file; convert pickled weights elsewhere with "
             "model.save_pretrained(folder, safe_serialization=True)"
         )
-    if any(p.is_meta for p in model.parameters()):
-        model.to_empty(device=device)
-        with warnings.catch_warnings():  # about random numbers on shards, which reading overwrites
-            warnings.simplefilter("ignore")
-            fill_buffers(model)
-    reader = HuggingFaceStorageReader(folder)
-    try:
+    model.to_empty(device=device)
+    fill_buffers(model)
+    reader = dcp.HuggingFaceStorageReader(folder)
+    with explain(f"{folder}: damaged safetensors", SafetensorError):
         stored = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise CritiqueRMError(f"{folder}: damaged safetensors ({_first_line(error)})") from None
-    prefix = model.base_model_prefix + "."
-    names = {name: p for name, p in model.state_dict().items()}
-    if not any(key.startswith(prefix) for key in stored):
-        names = {name.removeprefix(prefix): p for name, p in names.items()}
+    weights = model.state_dict()
     if head_seed is not None:
-        names = {name: p for name, p in names.items() if not name.startswith("score.")}
+        weights = {name: p for name, p in weights.items() if not name.startswith("score.")}
         init_head(model, head_seed)
-    missing = [name for name in names if name not in stored]
-    if missing:
+    prefix = model.base_model_prefix + "."
+    if not any(key.startswith(prefix) for key in stored):
+        weights = {name.removeprefix(prefix): p for name, p in weights.items()}
+    if missing := [name for name in weights if name not in stored]:
         raise CritiqueRMError(
             f"{folder}: {len(missing)} weights are not in its safetensors, such as "
             f"{', '.join(missing[:3])}; "
             + ("it has no reward head" if missing == ["score.weight"] else "its keys do not match")
         )
-    for name, p in names.items():
+    for name, p in weights.items():
         if stored[name].size != p.shape:
-            raise CritiqueRMError(
-                f"{folder}: {name} is {list(stored[name].size)}, expected {list(p.shape)}"
-            )
-    dcp.load(names, storage_reader=reader)
+            found, expected = list(stored[name].size), list(p.shape)
+            raise CritiqueRMError(f"{folder}: {name} is {found}, expected {expected}")
+    dcp.load(weights, storage_reader=reader)
 
 
 def fill_buffers(model: PreTrainedModel) -> None:
     """Computes the buffers that no file holds, such as rotary frequencies and embedding scales.
 
-    They are garbage after `to_empty`. `_init_weights` is what each model of transformers defines for
-    this; the public `init_weights` would call it for all modules, and fails on sharded recurrent ones.
+    They are garbage after `to_empty`. `_init_weights` is what each model of transformers defines
+    for this; the public `init_weights`, for all modules, fails on sharded recurrent ones.
     """
     stored = model.state_dict().keys()
-    for name, module in model.named_modules():
-        buffers = [f"{name}.{key}" for key, _ in module.named_buffers(recurse=False)]
-        if not stored >= set(buffers):
-            model._init_weights(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about random numbers on shards, which reading overwrites
+        for name, module in model.named_modules():
+            buffers = {f"{name}.{key}" for key, _ in module.named_buffers(recurse=False)}
+            if not stored >= buffers:
+                model._init_weights(module)
 
 
 def init_head(model: PreTrainedModel, seed: int) -> None:
@@ -1145,14 +1040,9 @@ def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str
     Everything is written beside its final place first and moved at the end.
     """
     draft = folder / "draft"
-    on_rank_zero(lambda: shutil.rmtree(draft, ignore_errors=True))
-    weights = model.state_dict()
-    files = number_files(weights, FILE_BYTES)
-    writer = HuggingFaceStorageWriter(
-        str(draft), files, save_distributed=True, enable_consolidation=True
-    )
-    dcp.save(weights, storage_writer=writer)
-    if dist.get_rank() == 0:
+    write_tensors(draft, model.state_dict(), FILE_BYTES, consolidate=True)
+
+    def complete() -> None:
         shutil.rmtree(draft / "sharded")  # what the writer leaves behind
         model.config.save_pretrained(draft)
         encoder.tokenizer.save_pretrained(draft)
@@ -1160,11 +1050,29 @@ def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str
         for path in draft.iterdir():
             path.replace(folder / path.name)
         draft.rmdir()
-    dist.barrier()
+
+    on_rank_zero(complete)
+
+
+def write_tensors(
+    folder: Path, tensors: dict[str, Tensor], n_bytes: int, consolidate: bool = False
+) -> None:
+    """Writes a new folder of safetensors, each rank its part of a tensor. A collective call.
+
+    A file holds `n_bytes`, or one tensor. `consolidate` joins the parts, left in `folder`/sharded.
+    """
+    on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
+    writer = dcp.HuggingFaceStorageWriter(
+        str(folder),
+        number_files(tensors, n_bytes),
+        save_distributed=True,
+        enable_consolidation=consolidate,
+    )
+    dcp.save(tensors, storage_writer=writer)
 
 
 def number_files(tensors: dict[str, Tensor], n_bytes: int) -> dict[str, int]:
-    """The file, numbered from 1, that each tensor goes to: the writer holds two copies of a file."""
+    """The file, from 1 on, that each tensor goes to: the writer holds two copies of a file."""
     numbers, number, used = {}, 1, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -1180,12 +1088,13 @@ def shares_prefixes(config: PreTrainedConfig) -> bool:
     Recurrent and chunked layers do not, nor do models that count positions (ALiBi) or make masks
     themselves: those read one sequence per row.
     """
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt", "gpt_neo"):
-        return False
-    if getattr(config, "use_bidirectional_attention", False):
-        return False
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds <= {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return (
+        kinds <= {"full_attention", "sliding_attention"}
+        and config.model_type not in ("bloom", "mpt", "gpt_neo")
+        and not getattr(config, "alibi", False)
+        and not getattr(config, "use_bidirectional_attention", False)
+    )
 
 
 def compute_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -1212,9 +1121,9 @@ def choose_pad_token(config: PreTrainedConfig, encoder: Encoder) -> None:
     tokenizer = encoder.tokenizer
     tokenizer.padding_side = "right"
     wanted = [tokenizer.pad_token_id, tokenizer.unk_token_id, *encoder.control_ids.values()]
-    usable = [i for i in wanted if i is not None and i != encoder.end_id]
-    config.pad_token_id = usable[0] if usable else None
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable[0]) if usable else None
+    pad = next((i for i in wanted if i not in (None, encoder.end_id)), None)
+    config.pad_token_id = pad
+    tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1228,7 +1137,7 @@ def pairwise_loss(
 
     `centering` × (r⁺ + r⁻)² keeps rewards near zero (Eisenstein et al. 2023, arXiv 2312.09244).
     """
-    loss = -F.logsigmoid(chosen - rejected - margins)
+    loss = -nn.functional.logsigmoid(chosen - rejected - margins)
     return (loss + centering * (chosen + rejected) ** 2).sum()
 
 
@@ -1248,16 +1157,17 @@ def load_reward_model(
     folder = find_model(folder)
     config = load_config(folder)
     ours = getattr(config, "critique_rm", {})
+    reads_critiques = ours.get("critiques", True)
     longest = min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
     encoder = Encoder(
         load_tokenizer(folder),
         max_length_tokens or ours.get("max_length_tokens", longest),
-        ours.get("critiques", True) if use_critiques is None else use_critiques,
+        reads_critiques if use_critiques is None else use_critiques,
         keep_tail=not ours,
     )
-    if ours and encoder.use_critiques != ours["critiques"]:
-        with_or_without = "with" if ours["critiques"] else "without"
-        say(f"{folder}: trained {with_or_without} critiques; this tests it the other way round")
+    if ours and encoder.use_critiques != reads_critiques:
+        how = "with" if reads_critiques else "without"
+        say(f"{folder}: trained {how} critiques; this tests it the other way round")
     check_fits(config, encoder)
     model = build_model(config, compute_dtype(device), mesh)
     read_weights(model, folder, device)
@@ -1305,7 +1215,7 @@ def score_groups(
         rewards[batch.numbers] = compute_rewards(model, batch).double()
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # without a backward pass weights stay gathered, apart from their state
+            module.reshard()  # without a backward pass weights would stay gathered
     dist.all_reduce(rewards)
     values = rewards.tolist()
     return [[values[number[s.tobytes()]] for s in group] for group in groups]
@@ -1347,18 +1257,16 @@ def score_pairs(
     for e in encoded:
         by_prompt.setdefault(e.pair.prompt, []).extend([*e.chosen, *e.rejected])
     rewards = score_groups(model, list(by_prompt.values()), budget_tokens)
-    streams = {prompt: iter(values) for prompt, values in zip(by_prompt, rewards)}
-
-    def mean(sequences: list[np.ndarray], stream: Iterator[float]) -> float:
-        return sum(itertools.islice(stream, len(sequences))) / len(sequences)
-
+    streams = dict(zip(by_prompt, map(iter, rewards)))
     return [
         PairScore(
             e.pair.id,
             digest(e.pair.prompt),
             e.pair.subset,
-            mean(e.chosen, streams[e.pair.prompt]),
-            mean(e.rejected, streams[e.pair.prompt]),
+            *(
+                sum(itertools.islice(streams[e.pair.prompt], len(side))) / len(side)
+                for side in (e.chosen, e.rejected)
+            ),
             *(len(answer.response.split()) for answer in e.pair.answers),
             *(_mean_words(answer.critiques) for answer in e.pair.answers),
         )
@@ -1383,7 +1291,3 @@ def replace_file(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file)
     draft.replace(path)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -14,6 +14,7 @@ Hyper-parameters are ours: the paper's are not known to us.
 
 import argparse
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -25,8 +26,9 @@ import signal
 import sys
 import time
 import zlib
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,13 +41,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import critique_rm as rm
 from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore, say
+
+Tests = dict[str, list[EncodedPair]]  # by file
 
 DATA = Path(__file__).parent / "data"
 MAY_CHANGE_ON_RESUME = (
@@ -60,51 +63,41 @@ FLAT_STEPS = 20  # with which the loss is called flat
 # Arguments
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    data = parser.add_argument_group("data and model")
-    data.add_argument("--model", default="tiny", help="folder, Hub name, or 'tiny' (from scratch)")
-    data.add_argument("--train", help="pairs to train on (default: the embedded ones)")
-    data.add_argument("--test", action="append", help="pairs to test on; may be repeated")
-    data.add_argument("--no-critiques", action="store_true", help="the baseline r(x, y)")
-    data.add_argument("--critiques", metavar="FILE", help="take them from there, by the id of a pair")
-    data.add_argument("--max-pairs", type=positive_int, help="the first N in the seeded order")
-    data.add_argument("--skip-bad", action="store_true", help="count bad records, do not refuse")
-    data.add_argument("--max-length-tokens", type=positive_int, default=2048, help="of a sequence")
-    loop = parser.add_argument_group("training")
-    loop.add_argument("--epochs", type=positive_int, help="(default: 3 for tiny, else 1)")
-    loop.add_argument("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
-    loop.add_argument("--lr", type=positive_float, help="at its peak (default: 1e-3 for tiny, else 1e-5)")
-    loop.add_argument("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
-    loop.add_argument(
-        "--average-critiques",
-        action="store_true",
-        help="train on the mean reward of all critiques of a response, not on one drawn an epoch",
-    )
-    loop.add_argument("--seed", type=natural, default=0, help="of data order, head and tiny model")
-    loop.add_argument(
-        "--micro-batch-tokens", type=positive_int, default=2048, help="computed at a time on a rank"
-    )
-    loop.add_argument(
-        "--activation-checkpointing", action="store_true", help="less memory, a third more time"
-    )
-    loop.add_argument(
-        "--shard-group", type=positive_int, help="processes that share one replica (default: all)"
-    )
-    run = parser.add_argument_group("run folder")
-    run.add_argument("--out", help="folder to write (default: the next free runs/NNN)")
-    run.add_argument("--resume", action="store_true", help="continue the run in --out")
-    run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    run.add_argument("--eval-every-steps", type=positive_int, help="test this often on the way")
-    run.add_argument("--save-every-steps", type=positive_int, default=500, help="for --resume")
-    plan = parser.add_argument_group("plan")
-    plan.add_argument("--plan", action="store_true", help="print the memory of a process, and end")
-    plan.add_argument("--nproc", type=positive_int, default=1, help="processes to plan for")
-    plan.add_argument("--device-gb", type=positive_float, help="of a GPU (default: this machine's)")
+    add = parser.add_argument_group("data and model").add_argument
+    add("--model", default="tiny", help="folder, Hub name, or 'tiny' (from scratch)")
+    add("--train", help="pairs to train on (default: the embedded ones)")
+    add("--test", action="append", help="pairs to test on; may be repeated")
+    add("--no-critiques", action="store_true", help="the baseline r(x, y)")
+    add("--critiques", metavar="FILE", help="take them from there, by the id of a pair")
+    add("--max-pairs", type=positive_int, help="the first N in the seeded order")
+    add("--skip-bad", action="store_true", help="count bad records, do not refuse")
+    add("--max-length-tokens", type=positive_int, default=2048, help="of a sequence")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive_int, help="(default: 3 for tiny, else 1)")
+    add("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
+    add("--lr", type=positive_float, help="at its peak (default: 1e-3 for tiny, else 1e-5)")
+    add("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
+    add("--average-critiques", action="store_true", help="mean of all critiques, not one an epoch")
+    add("--seed", type=natural, default=0, help="of data order, head and tiny model")
+    add("--micro-batch-tokens", type=positive_int, default=2048, help="computed at once on a rank")
+    add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--shard-group", type=positive_int, help="processes that share a replica (default: all)")
+    add = parser.add_argument_group("run folder").add_argument
+    add("--out", help="folder to write (default: the next free runs/NNN)")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--eval-every-steps", type=positive_int, help="test this often on the way")
+    add("--save-every-steps", type=positive_int, default=500, help="for --resume")
+    add = parser.add_argument_group("plan").add_argument
+    add("--plan", action="store_true", help="print the memory of a process, and end")
+    add("--nproc", type=positive_int, default=1, help="processes to plan for")
+    add("--device-gb", type=positive_float, help="of a GPU (default: this machine's)")
     args = parser.parse_args(argv)
     if args.resume and (args.overwrite or not args.out):
         parser.error("--resume needs --out, and does not go with --overwrite")
@@ -117,16 +110,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def natural(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
+def natural(text: str, least: int = 0) -> int:
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is below {least}")
     return int(text)
 
 
 def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+    return natural(text, least=1)
 
 
 def positive_float(text: str) -> float:
@@ -139,23 +130,22 @@ def positive_float(text: str) -> float:
 # Run folder
 
 
-def claim_folder(args: argparse.Namespace) -> Path:
+def claim_folder(args: Namespace) -> Path:
     """Names the run folder and creates it; a finished run is never written to."""
     if not args.out:
-        for number in range(1, 10**6):
+        for number in itertools.count(1):
             folder = Path("runs") / f"{number:03d}"
-            try:
+            with suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 return folder
-            except FileExistsError:
-                continue
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise CritiqueRMError(f"{folder} is a file; choose another --out")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if names - {".lock"} and not (args.resume or args.overwrite and not is_restart):
-        raise CritiqueRMError(f"{folder} exists; choose another --out, or add --resume or --overwrite")
+        advice = "choose another --out, or add --resume or --overwrite"
+        raise CritiqueRMError(f"{folder} exists; {advice}")
     if names and not names & {".lock", "run.json"}:
         raise CritiqueRMError(f"{folder} holds something else than a run; choose another --out")
     if args.overwrite and folder.resolve() == Path(args.model).resolve():
@@ -217,44 +207,41 @@ def check_disk(folder: Path, n_parameters: int) -> None:
         )
 
 
-def describe(args: argparse.Namespace, data: dict[str, list[Pair]], encoder: Encoder) -> dict:
+def describe(args: Namespace, data: dict[str, list[Pair]], encoder: Encoder) -> dict:
     """What must be the same for a run to be the same run, and with what it ran."""
     return {
         "arguments": vars(args),
         "data": {name: rm.digest([asdict(pair) for pair in pairs]) for name, pairs in data.items()},
         "template": rm.digest(encoder.tokenizer.chat_template, rm.SEPARATOR),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
         "processes": dist.get_world_size(),
     }
 
 
 def check_same_run(old: dict, new: dict) -> None:
     """Refuses to resume a run that was started with something else."""
-    for part in ("arguments", "data", "template"):
-        before, now = (
-            {k: v for k, v in run[part].items() if k not in MAY_CHANGE_ON_RESUME}
-            if isinstance(run[part], dict)
-            else {part: run[part]}
-            for run in (old, new)
-        )
-        for name in before | now:
-            if before.get(name) != now.get(name):
-                raise CritiqueRMError(
-                    f"cannot resume: {part} {name!r} was {before.get(name)!r} and is now "
-                    f"{now.get(name)!r}; give the same, or start a new run"
-                )
+
+    def settings(run: dict) -> dict[str, object]:
+        parts = {"arguments": run["arguments"], "data": run["data"]}
+        named = {f"{part} {k!r}": v for part, values in parts.items() for k, v in values.items()}
+        free = {f"arguments {name!r}" for name in MAY_CHANGE_ON_RESUME}
+        return {k: v for k, v in named.items() if k not in free} | {"template": run["template"]}
+
+    before, now = settings(old), settings(new)
+    for name in before | now:
+        if before.get(name) != now.get(name):
+            raise CritiqueRMError(
+                f"cannot resume: {name} was {before.get(name)!r} and is now {now.get(name)!r}; "
+                "give the same, or start a new run"
+            )
 
 
 # --------------------------------------------------------------------------------------------------
 # Model
 
 
-def train_tokenizer(pairs: list[Pair], use_critiques: bool) -> PreTrainedTokenizerFast:
+def train_tokenizer(pairs: list[Pair], args: Namespace) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 4,096 tokens trained on the text the tiny model will read."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -263,7 +250,7 @@ def train_tokenizer(pairs: list[Pair], use_critiques: bool) -> PreTrainedTokeniz
     for pair in pairs:
         texts += [message.content for message in pair.prompt]
         for answer in pair.answers:
-            texts += [answer.response, *(answer.critiques if use_critiques else ())]
+            texts += [answer.response, *(() if args.no_critiques else answer.critiques)]
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         special_tokens=["<|pad|>", "<|start|>", "<|end|>"],
@@ -282,7 +269,7 @@ def train_tokenizer(pairs: list[Pair], use_critiques: bool) -> PreTrainedTokeniz
     )
 
 
-def tiny_config(args: argparse.Namespace) -> LlamaConfig:
+def tiny_config(args: Namespace) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=4096,
         hidden_size=128,
@@ -298,17 +285,14 @@ def tiny_config(args: argparse.Namespace) -> LlamaConfig:
 
 
 def prepare_model(
-    args: argparse.Namespace, folder: Path, pairs: list[Pair]
+    args: Namespace, folder: Path, pairs: list[Pair]
 ) -> tuple[PreTrainedModel, Encoder]:
     """The tokenizer and the sharded model with its first weights."""
     device, mesh = rm.start_processes(args.shard_group)
-    dtype = rm.compute_dtype(device)
-    if args.model == "tiny":
-        source = str(folder / "tokenizer")
-        rm.on_rank_zero(
-            lambda: train_tokenizer(pairs, not args.no_critiques).save_pretrained(source) and None
-        )
-        config = tiny_config(args)
+    is_tiny = args.model == "tiny"
+    if is_tiny:
+        source, config = str(folder / "tokenizer"), tiny_config(args)
+        rm.on_rank_zero(lambda: train_tokenizer(pairs, args).save_pretrained(source))
     else:
         source = rm.find_model(args.model)
         config = rm.load_config(source)
@@ -320,17 +304,12 @@ def prepare_model(
     rm.check_fits(config, encoder)
     rm.choose_pad_token(config, encoder)
     config.problem_type = "regression"  # the text-classification pipeline then adds no sigmoid
-    config.critique_rm = {
-        "critiques": encoder.use_critiques,
-        "max_length_tokens": encoder.max_length_tokens,
-    }
-    if args.model == "tiny":
-        torch.manual_seed(args.seed)  # small enough for every rank to draw the whole model
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
-        model = rm.shard(model.to(device), dtype, mesh)
+    config.critique_rm = {"critiques": encoder.use_critiques, "max_length_tokens": n_tokens}
+    torch.manual_seed(args.seed)  # a tiny model is small enough for every rank to draw the whole
+    model = rm.build_model(config, rm.compute_dtype(device), mesh, empty=not is_tiny)
+    if is_tiny:
         rm.init_head(model, args.seed)
     else:
-        model = rm.build_model(config, dtype, mesh)
         rm.read_weights(model, source, device, head_seed=args.seed)
     if args.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -341,7 +320,7 @@ def prepare_model(
 # Checkpoints
 
 
-def checkpoint_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def checkpoint_tensors(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, Tensor]:
     """Everything a step changes, by name; the optimizer's state is created if it is not there."""
     tensors = {}
     for name, p in model.named_parameters():
@@ -353,17 +332,12 @@ def checkpoint_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer)
     return tensors
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> None:
-    """Each rank writes its part; one rename makes the checkpoint visible; the newest two are kept."""
+def save_checkpoint(folder: Path, step: int, model: PreTrainedModel, optimizer: Optimizer) -> None:
+    """Each rank writes its part; one rename makes it visible; the newest two are kept."""
     rm.meet(f"the checkpoint after step {step}")
     draft, final = folder / "checkpoints" / "draft", folder / "checkpoints" / f"step-{step:08d}"
-    rm.on_rank_zero(lambda: shutil.rmtree(draft, ignore_errors=True))
     tensors = checkpoint_tensors(model, optimizer)
-    files = rm.number_files(tensors, FILE_BYTES * dist.get_world_size())
-    writer = HuggingFaceStorageWriter(str(draft), files, save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    rm.write_tensors(draft, tensors, FILE_BYTES * dist.get_world_size())
     sums = checksums(draft)
 
     def publish() -> None:
@@ -376,12 +350,12 @@ def save_checkpoint(
     rm.on_rank_zero(publish)
 
 
-def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> int:
     """Restores the newest whole checkpoint, if there is one; returns the number of steps done."""
     found = rm.on_rank_zero(lambda: sorted(map(str, (folder / "checkpoints").glob("step-*"))))
     for path in map(Path, reversed(found)):
         if checksums(path) == rm.on_rank_zero(lambda: read_object(path / "checksums.json")):
-            reader = HuggingFaceStorageReader(str(path))
+            reader = dcp.HuggingFaceStorageReader(str(path))
             dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
             for damaged in found[found.index(str(path)) + 1 :]:  # or they would count as the newest
                 rm.on_rank_zero(lambda: shutil.rmtree(damaged, ignore_errors=True))
@@ -394,8 +368,7 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
 
 def checksums(folder: Path) -> dict[str, int]:
     """The CRC-32 of each file of a checkpoint; each rank reads some of them."""
-    names = rm.on_rank_zero(lambda: sorted(path.name for path in folder.iterdir()))
-    names = [name for name in names if name != "checksums.json"]
+    names = rm.on_rank_zero(lambda: sorted(p.name for p in folder.glob("*.safetensors")))
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
         mine[name] = 0
@@ -430,7 +403,7 @@ def learning_rate(step: int, n_steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))
 
 
-def pairs_of_step(pairs: list[EncodedPair], step: int, args: argparse.Namespace) -> list[EncodedPair]:
+def pairs_of_step(pairs: list[EncodedPair], step: int, args: Namespace) -> list[EncodedPair]:
     """The pairs of a step: their order is a function of (seed, epoch) alone."""
     n_per_epoch = math.ceil(len(pairs) / args.batch_pairs)
     epoch, k = divmod(step, n_per_epoch)
@@ -438,22 +411,21 @@ def pairs_of_step(pairs: list[EncodedPair], step: int, args: argparse.Namespace)
     return [pairs[n] for n in order[k * args.batch_pairs : (k + 1) * args.batch_pairs]]
 
 
-def choose_sequences(
-    encoded: EncodedPair, epoch: int, args: argparse.Namespace
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The chosen and rejected sequences to train on: of one critique, drawn anew each epoch, or all."""
+def choose_sequences(encoded: EncodedPair, epoch: int, args: Namespace) -> list[list[np.ndarray]]:
+    """Chosen and rejected sequences to train on: of one critique, drawn anew each epoch, or all."""
+    sides = [encoded.chosen, encoded.rejected]
     if args.average_critiques:
-        return encoded.chosen, encoded.rejected
+        return sides
     rng = np.random.default_rng([args.seed, epoch, int(rm.digest(encoded.pair.id), 16)])
-    return tuple([side[rng.integers(len(side))]] for side in (encoded.chosen, encoded.rejected))
+    return [[side[rng.integers(len(side))]] for side in sides]
 
 
 def train_step(
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     pairs: list[EncodedPair],
     epoch: int,
-    args: argparse.Namespace,
+    args: Namespace,
 ) -> dict[str, float]:
     """One optimizer update over the pairs of all ranks; returns the metrics of the whole step."""
     device = next(model.parameters()).device
@@ -505,11 +477,7 @@ def train_step(
 
 
 def train(
-    model: PreTrainedModel,
-    pairs: list[EncodedPair],
-    tests: dict[str, list[EncodedPair]],
-    folder: Path,
-    args: argparse.Namespace,
+    model: PreTrainedModel, pairs: list[EncodedPair], tests: Tests, folder: Path, args: Namespace
 ) -> None:
     """The training loop: from the last checkpoint, if there is one, to the last step."""
     optimizer = torch.optim.AdamW(
@@ -535,7 +503,6 @@ def train(
             row = {"step": step + 1, "epoch": epoch, **row, "seconds": round(seconds, 4)}
             if metrics:
                 metrics.write(json.dumps(row) + "\n")
-                metrics.flush()
             bar.set_postfix_str(
                 f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}, "
                 f"{row['n_pairs'] / seconds:.2f} pairs/s",
@@ -549,8 +516,8 @@ def train(
             n_equal = n_equal + 1 if is_equal else 0
             if n_equal == FLAT_STEPS:
                 raise CritiqueRMError(
-                    f"all rewards were equal for {FLAT_STEPS} steps; lower --lr, or look at whether "
-                    "the model reads what differs"
+                    f"all rewards were equal for {FLAT_STEPS} steps; lower --lr, or look at "
+                    "whether the model reads what differs"
                 )
             last = step + 1 == n_steps
             if args.eval_every_steps and (step + 1) % args.eval_every_steps == 0 and not last:
@@ -575,14 +542,12 @@ def train(
 def note_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT instead of ending the process."""
     noted: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, frame: noted.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(n, lambda number, _: noted.append(number)) for n in numbers]
     try:
         yield noted
     finally:
-        for number, handler in handlers.items():
+        for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
 
 
@@ -591,7 +556,7 @@ def open_metrics(folder: Path, n_steps_done: int):
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)[:n_steps_done] if path.exists() else []
     rm.replace_file(path, "".join(lines))
-    return path.open("a")
+    return path.open("a", buffering=1)  # a line at once
 
 
 def accuracy(scores: list[PairScore]) -> float:
@@ -604,29 +569,24 @@ def accuracy(scores: list[PairScore]) -> float:
 
 
 def finish(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    tests: dict[str, list[EncodedPair]],
-    folder: Path,
-    args: argparse.Namespace,
+    model: PreTrainedModel, encoder: Encoder, tests: Tests, folder: Path, args: Namespace
 ) -> dict[str, float]:
     """Tests the model and saves it; returns the accuracy on each test file. A collective call."""
     results = {}
-    for number, (name, test) in enumerate(tests.items()):
+    stems = [Path(name).name.split(".")[0] for name in tests]
+    for n, (name, test) in enumerate(tests.items()):
         scores = rm.score_pairs(model, test, args.micro_batch_tokens)
         results[name] = accuracy(scores)
-        stem = Path(name).name.split(".")[0]
-        twin = any(Path(other).name.split(".")[0] == stem for other in list(tests)[:number])
         if dist.get_rank() == 0:
-            path = folder / f"scores-{stem}{f'-{number + 1}' if twin else ''}.jsonl"
-            rm.write_scores(path, scores)
+            suffix = f"-{n + 1}" if stems[n] in stems[:n] else ""
+            rm.write_scores(folder / f"scores-{stems[n]}{suffix}.jsonl", scores)
         say(f"{name}: accuracy {results[name]:.4f} on {len(test)} pairs")
     rm.save_model(model, encoder, folder, model_card(args, encoder))
     return results
 
 
 def check_saved(
-    folder: Path, sample: list[EncodedPair], before: list[PairScore], args: argparse.Namespace
+    folder: Path, sample: list[EncodedPair], before: list[PairScore], args: Namespace
 ) -> None:
     """Loads what was saved and scores a few pairs again: a lost head must be noticed here."""
     model, _ = rm.load_reward_model(str(folder))
@@ -639,7 +599,7 @@ def check_saved(
             )
 
 
-def model_card(args: argparse.Namespace, encoder: Encoder) -> str:
+def model_card(args: Namespace, encoder: Encoder) -> str:
     reads = "prompt, response and critique" if encoder.use_critiques else "prompt and response"
     answer = "response + SEPARATOR + critique" if encoder.use_critiques else "response"
     end = encoder.tokenizer.convert_ids_to_tokens(encoder.end_id)
@@ -698,7 +658,7 @@ def summarize(folder: Path, results: dict[str, float]) -> dict:
 # Memory, before anything is loaded
 
 
-def plan(args: argparse.Namespace) -> dict[str, float | bool]:
+def plan(args: Namespace) -> dict[str, float | bool]:
     """The peak memory of a process, in GB, by what takes it; and whether the device has as much.
 
     Nothing is loaded: the activations are those that a forward pass on tensors without storage
@@ -739,11 +699,9 @@ def plan(args: argparse.Namespace) -> dict[str, float | bool]:
         "activations": kept + whole / len(blocks),  # of all blocks, and of one that is gone through
     }
     total, room = sum(parts.values()), (args.device_gb or memory_gb(args.nproc)) * 1e9
-    return {f"{name}_gb": round(size / 1e9, 3) for name, size in parts.items()} | {
-        "total_gb": round(total / 1e9, 3),
-        "device_gb": round(room / 1e9, 3),
-        "fits": total < 0.9 * room,  # allocators leave gaps
-    }
+    parts |= {"total": total, "device": room}
+    fits = {"fits": total < 0.9 * room}  # allocators leave gaps
+    return {f"{name}_gb": round(size / 1e9, 3) for name, size in parts.items()} | fits
 
 
 def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> int:
@@ -774,17 +732,15 @@ def memory_gb(n_processes: int) -> float:
 # --------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: Namespace) -> dict:
     """All steps from pairs to summary; returns the summary."""
     rm.start_processes()
     names = dict.fromkeys([args.train, *args.test])
     pairs = {name: rm.read_pairs(name, args.skip_bad, args.critiques) for name in names}
     folder = Path(rm.on_rank_zero(lambda: str(claim_folder(args))))
     lock = lock_folder(folder)
-    path = folder / "run.json"
-    old = None
-    if not args.overwrite:  # as rank 0 sees it: another machine may see a shared folder late
-        old = rm.on_rank_zero(lambda: read_object(path) if path.exists() else None)
+    path = folder / "run.json"  # as rank 0 sees it: another machine may see a shared folder late
+    old = None if args.overwrite else rm.on_rank_zero(lambda: read_object(path))
     if old and "summary" in old:
         check_same_run(old, {**old, "arguments": vars(args)})
         say(f"{folder} is finished")
@@ -843,7 +799,7 @@ def main() -> int:
     args = parse_arguments()
     try:
         summary = plan(args) if args.plan else run(args)
-    except (CritiqueRMError, OSError, CheckpointException) as error:
+    except (CritiqueRMError, OSError, dcp.CheckpointException) as error:
         rm.say_error("train.py", error)
         return 1
     except RuntimeError as error:
