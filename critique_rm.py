@@ -132,9 +132,7 @@ MAX_LINE_BYTES = 16 * 2**20
 CRITIQUES_MISSING = "run generate.py on it first, or pass --no-critiques"
 
 
-def read_pairs(
-    source: str, skip_bad: bool = False, critiques: str | None = None
-) -> list[Pair]:
+def read_pairs(source: str, skip_bad: bool = False, critiques: str | None = None) -> list[Pair]:
     """Reads preference pairs from a file, or from a Hub data set `NAME` or `NAME:SPLIT`.
 
     Files are JSON lines or one JSON array, plain or gzipped, told apart by content. Each record is

@@ -10,10 +10,10 @@
 RUN is a folder of train.py, or any Hugging Face sequence-classification model made of a decoder
 and a `score` head with one label. Pairs are read by `read_pairs` (critique_rm.py); answers are
 single records {prompt, response, critique?, id?}. A probe scores the same pairs with their
-critiques changed, to see whether the model reads them; --compare says whether one model beats another on the
-pairs that both have scored; --curve reads runs of train.py on different numbers of pairs
-(--max-pairs), with different critiques or none (--critiques, --no-critiques), of several seeds, and
-says how many plain pairs one pair with critiques is worth.
+critiques changed, to see whether the model reads them; --compare says whether one model beats
+another on the pairs that both have scored; --curve reads runs of train.py on different numbers of
+pairs (--max-pairs), with different critiques or none (--critiques, --no-critiques), of several
+seeds, and says how many plain pairs one pair with critiques is worth.
 
 Accuracy counts a tie as wrong, as RewardBench does (Lambert et al., arXiv 2403.13787). Intervals
 are percentiles of a bootstrap over prompts, since pairs over one prompt are not independent; p
