@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
@@ -37,7 +38,8 @@ from urllib.parse import urlsplit, urlunsplit
 import requests
 from tqdm import tqdm
 
-from critique_rm import Answer, CritiqueRMError, Message, Pair, digest, read_pairs, say
+from critique_rm import Answer, CritiqueRMError, Message, Pair
+from critique_rm import digest, read_pairs, replace_file, say, sync_folder
 
 INSTRUCTIONS = {
     "critique": """\
@@ -229,7 +231,7 @@ class Journal:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CritiqueRMError(f"{path}: locked by another generate.py; wait for it") from None
-        sync_folder(path)
+        sync_folder(Path(path).parent)
         n_torn = 0
         with open(path, "rb") as file:
             for line in file:
@@ -265,13 +267,6 @@ class Journal:
     def read(self, key: str) -> str:
         offset, n_bytes = self.places[key]
         return json.loads(os.pread(self.file.fileno(), n_bytes, offset))["answer"]
-
-
-def sync_folder(path: str) -> None:
-    """A new name is on disk only once its folder is."""
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -623,14 +618,7 @@ def report_failures(calls: list[Call], failures: dict[str, Failed], path: str) -
 
 
 def write_lines(path: str, rows: Iterable[dict]) -> None:
-    """The file appears under its name when it is whole and on disk."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-    sync_folder(path)
+    replace_file(Path(path), (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # --------------------------------------------------------------------------------------------------
