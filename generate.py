@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+from email.utils import mktime_tz, parsedate_tz
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import NamedTuple
@@ -102,6 +102,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="show the first request and totals, send nothing")
     args = parser.parse_args(argv)
     taken = {"model", "messages", "n", "stream", "max_tokens"}
+    if not args.output:
+        parser.error("--output must name a file")
     if not args.base_url:
         parser.error("no endpoint: pass --base-url or set OPENAI_BASE_URL")
     if not 0 < args.timeout_seconds < threading.TIMEOUT_MAX:
@@ -386,7 +388,7 @@ class Endpoint:
                 if isinstance(content, list):  # parts, of which reasoning is another type
                     content = "".join(part["text"] for part in content if part["type"] == "text")
                 content = content.encode("utf-8", "replace").decode()  # of a surrogate: "?"
-                tokens = {name: int(usage.get(name) or 0) for name in self.spent}
+                tokens = {name: n for name in self.spent if isinstance(n := usage.get(name), int)}
                 with self.lock:
                     self.spent.update(tokens)
                 return content, str(choice.get("finish_reason"))
@@ -397,7 +399,7 @@ class Endpoint:
     def explain(self, response: requests.Response, error: object) -> CritiqueRMError:
         """What a response without an answer means: Retry, Failed, or the end of the run."""
         error = error if isinstance(error, dict) else {"message": error}
-        status, code = response.status_code, error.get("code") or error.get("type") or ""
+        status, code = response.status_code, error.get("code")
         words, message = str(error).lower(), one_line(str(error.get("message")))
         if status == 200 and code in range(400, 600):
             status = code  # some gateways answer 200 and put the status here
@@ -409,7 +411,8 @@ class Endpoint:
         if status < 400 or status in (408, 409, 425, 429) or status >= 500:
             seconds = read_retry_after(response.headers.get("Retry-After", ""))
             return Retry(f"status {status}", message, seconds)
-        return Failed(f"status {status} {code}".strip(), message)
+        kind = code if isinstance(code, str) else error.get("type") or ""
+        return Failed(one_line(f"status {status} {kind}"), message)
 
     def stop_error(self, problem: str) -> CritiqueRMError:
         return CritiqueRMError(f"{self.name}: {problem}; check the URL, --model and OPENAI_API_KEY")
@@ -419,9 +422,9 @@ def read_retry_after(value: str) -> float | None:
     """Seconds to wait by a Retry-After header, which holds seconds or a date."""
     try:
         if not re.fullmatch(r"[\d.]+", value):
-            value = parsedate_to_datetime(value).timestamp() - time.time()
+            value = mktime_tz(parsedate_tz(value)) - time.time()
         return min(max(float(value), 0.0), MAX_WAIT_SECONDS)
-    except ValueError:
+    except (TypeError, ValueError):
         return None
 
 
