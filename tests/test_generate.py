@@ -785,7 +785,9 @@ def test_content_may_come_in_parts_or_broken(serve, run):
     assert read_pairs("out.jsonl")[0].chosen_critiques == ("Fine ?.",)
 
 
-@pytest.mark.parametrize("leak", ["I give it 8/10.", "The other response is better."])
+@pytest.mark.parametrize(
+    "leak", ["I give it 8/10.", "**Score:** 8", "The other response errs.", "Both answers err."]
+)
 def test_leaks_are_warned_of(leak, serve, run):
     write_pairs(20)
     n_leaks = [2]
