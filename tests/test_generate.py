@@ -557,7 +557,7 @@ def test_a_server_with_thirty_percent_faults_loses_nothing(serve, run):
         return FAULTS[fault](server) if fault else echo(request)
 
     server = serve(reply)
-    write_pairs(100)
+    write_pairs(500)
     result = run(server, "--timeout-seconds", "0.3")
     assert len(counts) == len(FAULTS) + 1
     rows = read_rows("out.jsonl.failures.jsonl")
@@ -571,7 +571,7 @@ def test_a_server_with_thirty_percent_faults_loses_nothing(serve, run):
             else:
                 assert row[f"{side}_critique"] == critique_of(question(row["prompt"], row[side]))
     keys = [row["key"] for row in read_rows("out.jsonl.journal")]
-    assert len(keys) == len(set(keys)) == 200 - len(failures)
+    assert len(keys) == len(set(keys)) == 1000 - len(failures)
     server.reply = echo
     assert run(server).code == 0 and not read_rows("out.jsonl.failures.jsonl")
 
