@@ -25,7 +25,7 @@ import warnings
 import zlib
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -1281,11 +1281,19 @@ def write_scores(path: Path, scores: Sequence[PairScore]) -> None:
     replace_file(path, "".join(json.dumps(asdict(score)) + "\n" for score in scores))
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that at any moment either the old or the whole new one is there."""
+def replace_file(path: Path, text: str | Iterable[str]) -> None:
+    """Writes a file, whole or in parts, so that the old or the whole new one is there at any time."""
     draft = path.with_name(path.name + ".draft")
     with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file)
     draft.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """A new name is on disk only once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -317,7 +317,8 @@ def test_requests_carry_settings_headers_and_query(serve, run, monkeypatch):
         "--workers 0", "--max-tokens x", "--timeout-seconds -1", "--work 3", "--task essay",
         "--extra-body [1]", '--extra-body {"stream":true}', "--header nonsense",
         "--header api-key:literal", "--header X:$NOT_SET", "--with-critiques",
-        "--task judge --n-critiques 2", "--base-url ftp://h", "--base-url http://u:p@h/v1",
+        "--task judge --n-critiques 2", "--output=", "--base-url ftp://h",
+        "--base-url http://u:p@h/v1",
     ],
 )
 def test_bad_usage_exits_with_2(flags, run, capsys):
@@ -556,7 +557,7 @@ def test_a_server_with_thirty_percent_faults_loses_nothing(serve, run):
         return FAULTS[fault](server) if fault else echo(request)
 
     server = serve(reply)
-    write_pairs(100)
+    write_pairs(500)
     result = run(server, "--timeout-seconds", "0.3")
     assert len(counts) == len(FAULTS) + 1
     rows = read_rows("out.jsonl.failures.jsonl")
@@ -570,7 +571,7 @@ def test_a_server_with_thirty_percent_faults_loses_nothing(serve, run):
             else:
                 assert row[f"{side}_critique"] == critique_of(question(row["prompt"], row[side]))
     keys = [row["key"] for row in read_rows("out.jsonl.journal")]
-    assert len(keys) == len(set(keys)) == 200 - len(failures)
+    assert len(keys) == len(set(keys)) == 1000 - len(failures)
     server.reply = echo
     assert run(server).code == 0 and not read_rows("out.jsonl.failures.jsonl")
 
@@ -595,6 +596,14 @@ def test_hopeless_errors_stop_the_run_with_one_line(reply, expected, serve, run)
         "check the URL, --model and OPENAI_API_KEY\n"
     )
     assert len(read_rows("out.jsonl.journal")) == 10 and not os.path.exists("out.jsonl")
+
+
+def test_a_refusal_cannot_write_to_the_terminal(serve, run):
+    server = serve(lambda *_: error(400, "no\x1b[2J", code="a\nb\x1b[31m"))
+    write_pairs(1)
+    result = run(server)
+    assert result.stderr.count("\n") == 1 and "\x1b" not in result.stderr
+    assert "2 status 400 a b [31m (first: no [2J)" in result.stderr
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid"])
@@ -703,12 +712,17 @@ def test_retry_after_seconds_are_waited_exactly(status, serve, run):
     assert 0.5 <= second - first < 1
 
 
-def test_retry_after_may_be_a_date():
+def test_retry_after_may_be_a_date(monkeypatch):
     date = email.utils.formatdate(time.time() + 100, usegmt=True)
     assert 98 < generate.read_retry_after(date) <= 100
     assert generate.read_retry_after("7") == 7
     assert generate.read_retry_after(email.utils.formatdate(0)) == 0
     assert generate.read_retry_after("soon") is None
+    with monkeypatch.context() as patch:  # a date in UTC is one wherever the client is
+        patch.setenv("TZ", "America/New_York")
+        time.tzset()
+        assert 98 < generate.read_retry_after(email.utils.formatdate(time.time() + 100)) <= 100
+    time.tzset()
 
 
 def test_retries_are_bounded(serve, run):
@@ -757,6 +771,13 @@ def test_reasoning_is_found_with_either_mark_missing(text, expected):
     assert generate.strip_reasoning(text) == expected
 
 
+def test_an_answer_is_kept_whatever_its_usage_says(serve, run):
+    reply = json.loads(completion("Fine.").payload) | {"usage": {"prompt_tokens": "unknown"}}
+    server = serve(lambda *_: Reply(200, json.dumps(reply).encode()))
+    write_pairs(1)
+    assert run(server).code == 0 and server.n_requests == 2
+
+
 def test_content_may_come_in_parts_or_broken(serve, run):
     parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "Fine \ud83d."}]
     write_pairs(1)
@@ -764,7 +785,9 @@ def test_content_may_come_in_parts_or_broken(serve, run):
     assert read_pairs("out.jsonl")[0].chosen_critiques == ("Fine ?.",)
 
 
-@pytest.mark.parametrize("leak", ["I give it 8/10.", "The other response is better."])
+@pytest.mark.parametrize(
+    "leak", ["I give it 8/10.", "**Score:** 8", "The other response errs.", "Both answers err."]
+)
 def test_leaks_are_warned_of(leak, serve, run):
     write_pairs(20)
     n_leaks = [2]
