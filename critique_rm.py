@@ -1154,7 +1154,8 @@ def load_reward_model(
     device, mesh = start_processes()
     folder = find_model(folder)
     config = load_config(folder)
-    ours = getattr(config, "critique_rm", {})
+    ours = getattr(config, "critique_rm", None)
+    ours = ours if isinstance(ours, dict) else {}
     reads_critiques = ours.get("critiques", True)
     longest = min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
     encoder = Encoder(
@@ -1282,14 +1283,21 @@ def write_scores(path: Path, scores: Sequence[PairScore]) -> None:
 
 
 def replace_file(path: Path, text: str | Iterable[str]) -> None:
-    """Writes a file, whole or in parts, so that the old or the whole new one is there at any time."""
+    """Writes a file, whole or in parts, so that at any time the old or the whole new one is there.
+
+    Raises CritiqueRMError, the old file as it was, where it cannot be written.
+    """
     draft = path.with_name(path.name + ".draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file)
-    draft.replace(path)
-    sync_folder(path.parent)
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file)
+        draft.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise CritiqueRMError(f"{path} was not written: {error.strerror}") from None
 
 
 def sync_folder(folder: Path) -> None:

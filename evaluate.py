@@ -91,7 +91,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-critiques", action="store_true", help="leave critiques out of the input")
     add("--critiques", metavar="FILE", help="take them from there, by the id of a pair")
     add("--skip-bad", action="store_true", help="count bad records, do not refuse")
-    add("--max-length-tokens", type=int, help="of a sequence (default: the model's)")
+    add("--max-length-tokens", type=int, help="of a sequence; None: the model's")
     add("--micro-batch-tokens", type=int, default=4096, help="computed at a time on a rank")
     add = parser.add_argument_group("table").add_argument
     add("--probe", choices=PROBES, action="append", default=[], help="another row; repeatable")

@@ -71,7 +71,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     )
     add = parser.add_argument_group("data and model").add_argument
     add("--model", default="tiny", help="folder, Hub name, or 'tiny' (from scratch)")
-    add("--train", help="pairs to train on (default: the embedded ones)")
+    add("--train", help="pairs to train on; None: the embedded ones")
     add("--test", action="append", help="pairs to test on; may be repeated")
     add("--no-critiques", action="store_true", help="the baseline r(x, y)")
     add("--critiques", metavar="FILE", help="take them from there, by the id of a pair")
@@ -79,17 +79,17 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--skip-bad", action="store_true", help="count bad records, do not refuse")
     add("--max-length-tokens", type=positive_int, default=2048, help="of a sequence")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive_int, help="(default: 3 for tiny, else 1)")
+    add("--epochs", type=positive_int, help="None: 3 for tiny, else 1")
     add("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
-    add("--lr", type=positive_float, help="at its peak (default: 1e-3 for tiny, else 1e-5)")
+    add("--lr", type=positive_float, help="at its peak; None: 1e-3 for tiny, else 1e-5")
     add("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
-    add("--average-critiques", action="store_true", help="mean of all critiques, not one an epoch")
+    add("--average-critiques", action="store_true", help="mean reward of all, not of one an epoch")
     add("--seed", type=natural, default=0, help="of data order, head and tiny model")
     add("--micro-batch-tokens", type=positive_int, default=2048, help="computed at once on a rank")
     add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
-    add("--shard-group", type=positive_int, help="processes that share a replica (default: all)")
+    add("--shard-group", type=positive_int, help="processes that share a replica; None: all")
     add = parser.add_argument_group("run folder").add_argument
-    add("--out", help="folder to write (default: the next free runs/NNN)")
+    add("--out", help="folder to write; None: the next free runs/NNN")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--eval-every-steps", type=positive_int, help="test this often on the way")
@@ -97,7 +97,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("plan").add_argument
     add("--plan", action="store_true", help="print the memory of a process, and end")
     add("--nproc", type=positive_int, default=1, help="processes to plan for")
-    add("--device-gb", type=positive_float, help="of a GPU (default: this machine's)")
+    add("--device-gb", type=positive_float, help="of a GPU; None: this machine's")
     args = parser.parse_args(argv)
     if args.resume and (args.overwrite or not args.out):
         parser.error("--resume needs --out, and does not go with --overwrite")
@@ -572,14 +572,14 @@ def finish(
     model: PreTrainedModel, encoder: Encoder, tests: Tests, folder: Path, args: Namespace
 ) -> dict[str, float]:
     """Tests the model and saves it; returns the accuracy on each test file. A collective call."""
-    results = {}
-    stems = [Path(name).name.split(".")[0] for name in tests]
-    for n, (name, test) in enumerate(tests.items()):
+    results, used = {}, set()
+    for name, test in tests.items():
         scores = rm.score_pairs(model, test, args.micro_batch_tokens)
         results[name] = accuracy(scores)
-        if dist.get_rank() == 0:
-            suffix = f"-{n + 1}" if stems[n] in stems[:n] else ""
-            rm.write_scores(folder / f"scores-{stems[n]}{suffix}.jsonl", scores)
+        stem = Path(name).name.split(".")[0]
+        stems = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
+        used.add(stem := next(stem for stem in stems if stem not in used))
+        rm.on_rank_zero(lambda: rm.write_scores(folder / f"scores-{stem}.jsonl", scores))
         say(f"{name}: accuracy {results[name]:.4f} on {len(test)} pairs")
     rm.save_model(model, encoder, folder, model_card(args, encoder))
     return results
@@ -740,7 +740,7 @@ def run(args: Namespace) -> dict:
     folder = Path(rm.on_rank_zero(lambda: str(claim_folder(args))))
     lock = lock_folder(folder)
     path = folder / "run.json"  # as rank 0 sees it: another machine may see a shared folder late
-    old = None if args.overwrite else rm.on_rank_zero(lambda: read_object(path))
+    old = None if args.overwrite else rm.on_rank_zero(lambda: read_run(path))
     if old and "summary" in old:
         check_same_run(old, {**old, "arguments": vars(args)})
         say(f"{folder} is finished")
@@ -784,6 +784,14 @@ def run(args: Namespace) -> dict:
     rm.on_rank_zero(conclude)
     lock.close()
     return summary
+
+
+def read_run(path: Path) -> dict | None:
+    """What an earlier start of the run left in run.json; without it, nothing can be resumed."""
+    old = read_object(path)
+    if old is None and path.exists():
+        raise CritiqueRMError(f"{path} is damaged; start anew with --overwrite")
+    return old
 
 
 def clear_folder(folder: Path) -> None:

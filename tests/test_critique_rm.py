@@ -134,6 +134,19 @@ def test_file_kinds_are_told_apart_by_content(tmp_path):
         assert read_pairs(str(tmp_path / "a.txt")) == [FORMATS["ours"][1], pair("☃", id="é")]
 
 
+def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("old")
+
+    def full_disk(file) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(CritiqueRMError, match="file was not written: No space left on device"):
+        rm.replace_file(tmp_path / "file", ["new"])
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
 def test_critiques_come_from_another_file_by_id(tmp_path):
     first = PLAIN | {"chosen_critique": "old", "rejected_critique": "old"}
     pairs = write(tmp_path / "pairs", first, first | {"id": "b"})

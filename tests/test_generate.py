@@ -309,6 +309,15 @@ def test_requests_carry_settings_headers_and_query(serve, run, monkeypatch):
     assert request.text.startswith("Be harsh.\n\n=== USER ===")
     assert request.headers["api-key"] == "azure-secret-1" and request.headers["X-Title"] == "mine"
     assert "Authorization" not in request.headers  # the key is for another endpoint then
+    assert run(server, "--header", "X-Trace:$AZURE_KEY", "--max-tokens", "8").code == 0
+    assert server.requests[-1].headers["Authorization"] == f"Bearer {KEY}"
+
+
+def test_help_does_not_show_the_secret_of_a_base_url(run, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1/v1?api-key={KEY}")
+    with pytest.raises(SystemExit):
+        run(None, "--help")
+    assert KEY not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -318,7 +327,7 @@ def test_requests_carry_settings_headers_and_query(serve, run, monkeypatch):
         "--extra-body [1]", '--extra-body {"stream":true}', "--header nonsense",
         "--header api-key:literal", "--header X:$NOT_SET", "--with-critiques",
         "--task judge --n-critiques 2", "--output=", "--base-url ftp://h",
-        "--base-url http://u:p@h/v1",
+        "--base-url http://u:p@h/v1", "--base-url http://[literal", "--prompt-file /dev/null",
     ],
 )
 def test_bad_usage_exits_with_2(flags, run, capsys):
@@ -582,6 +591,7 @@ def test_a_server_with_thirty_percent_faults_loses_nothing(serve, run):
         (error(401, f"Incorrect key {KEY}"), "401 Incorrect key ***"),
         (error(403, "Country not supported"), "403 Country not supported"),
         (error(404, "No such model"), "404 No such model"),
+        (error(400, "API key not valid"), "400 API key not valid"),
         (error(429, "Pay first", code="insufficient_quota"), "429 Pay first"),
         (Reply(404, b"<html>\n<h1>Not\x1b[31m found</h1>"), "404 Not [31m found"),
     ],
@@ -765,6 +775,7 @@ def test_reasoning_is_kept_out_of_critiques(serve, run):
     [
         ("<think>a</think>b", "b"), ("a</think>b", "b"), ("<think>a", ""), ("b", "b"),
         ("<think>a</think>", ""), ("b <think>a</think> c", "b  c"),
+        ("It names `<think>` only.", "It names `<think>` only."),
     ],
 )
 def test_reasoning_is_found_with_either_mark_missing(text, expected):

@@ -165,6 +165,24 @@ def test_resume_without_out_or_with_overwrite_is_a_usage_error(capsys):
     assert "--resume needs --out" in capsys.readouterr().err
 
 
+def test_a_damaged_run_json_is_not_taken_for_a_new_run(tmp_path, small, mesh):
+    (tmp_path / "run.json").write_text('{"argum')
+    with pytest.raises(rm.CritiqueRMError, match="run.json is damaged; start anew with --overwrite"):
+        run_here(*small, "--out", tmp_path, "--resume")
+
+
+def test_each_test_file_has_its_own_scores(model_and_pairs, tmp_path, monkeypatch):
+    args, model, pairs = model_and_pairs
+    monkeypatch.setattr(rm, "save_model", lambda *_: None)
+    names = ("a/test.jsonl", "b/test.jsonl", "c/test-2.jsonl")
+    tests = {name: [pair] for name, pair in zip(names, pairs)}
+    monkeypatch.setattr(train, "model_card", lambda *_: "")
+    train.finish(model, None, tests, tmp_path, args)
+    found = {path.name: read_lines(path)[0]["id"] for path in tmp_path.iterdir()}
+    stems = ("test", "test-2", "test-2-2")
+    assert found == {f"scores-{s}.jsonl": e.pair.id for s, e in zip(stems, pairs)}
+
+
 def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     args = train.parse_arguments(["--out", str(tmp_path), "--overwrite"])
