@@ -10,6 +10,7 @@ Method: Ye et al., "Improving Reward Models with Synthetic Critiques", arXiv 240
 Shapes: B pairs, S sequences, R rows, T tokens in a row, H hidden size.
 """
 
+import ctypes
 import gzip
 import hashlib
 import io
@@ -806,6 +807,8 @@ def attention_masks(batch: Batch, config: PreTrainedConfig) -> Tensor | dict[str
 # --------------------------------------------------------------------------------------------------
 # Processes
 
+M_MMAP_THRESHOLD = -3  # of malloc.h: what is larger goes back to the system when it is freed
+
 
 def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.DeviceMesh]:
     """Joins the process group, of size 1 without torchrun: one code path for one and many.
@@ -820,6 +823,10 @@ def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.
         if device.index >= torch.cuda.device_count():
             raise OSError(f"only {torch.cuda.device_count()} GPUs here; lower --nproc-per-node")
         torch.cuda.set_device(device)
+    elif hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc would put weights, as they are gathered, between activations, and find no use for
+        # the holes they leave: two processes of a 135M model took 3.9 GB each, and take 2.6 GB
+        libc.mallopt(M_MMAP_THRESHOLD, 2**22)
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         hours = timedelta(hours=3)  # ranks wait for one to download or to write the whole model
