@@ -807,7 +807,7 @@ def attention_masks(batch: Batch, config: PreTrainedConfig) -> Tensor | dict[str
 # --------------------------------------------------------------------------------------------------
 # Processes
 
-M_MMAP_THRESHOLD = -3  # of malloc.h: what is larger goes back to the system when it is freed
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h: what goes back to the system
 
 
 def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.DeviceMesh]:
@@ -827,6 +827,7 @@ def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.
         # glibc would put weights, as they are gathered, between activations, and find no use for
         # the holes they leave: two processes of a 135M model took 3.9 GB each, and take 2.6 GB
         libc.mallopt(M_MMAP_THRESHOLD, 2**22)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)  # or small blocks come and go with every step
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         hours = timedelta(hours=3)  # ranks wait for one to download or to write the whole model

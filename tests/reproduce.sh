@@ -43,7 +43,7 @@ PYTHON
 }
 
 critics=()
-if [[ $model == tiny ]]; then critics+=("$data/weak_critiques.jsonl"); fi
+if [[ $model == tiny && -f $data/weak_critiques.jsonl ]]; then critics+=("$data/weak_critiques.jsonl"); fi
 for percent in 25 50 75 100; do
     shuffle $percent
     critics+=("$out/shuffled_$percent.jsonl")
