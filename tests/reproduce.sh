@@ -5,7 +5,7 @@
 #   tests/reproduce.sh OUT MODEL TRAIN TEST...       a real model on other pairs: many hours
 #
 # SEEDS="0 1 2", SIZES="32 64 128 256 512" and TRAIN_FLAGS="--lr 2e-5" may be set. Tables go to OUT.
-set -euo pipefail
+set -Eeuo pipefail
 out=$(realpath -m "$1") && shift
 here=$(dirname "$(realpath "$0")")/..
 data=$here/data
@@ -13,6 +13,7 @@ model=tiny train=$data/train.jsonl tests=("$data/test.jsonl") sizes="32 64 128 2
 if (($#)); then model=$1 train=$2 tests=("${@:3}") sizes="32 64 128 256 512"; fi
 seeds=${SEEDS:-0 1 2} sizes=${SIZES:-$sizes}
 mkdir -p "$out"
+trap 'echo "stopped; $out/log says why; the same command goes on" >&2' ERR
 
 train() { # NAME ARGUMENTS...: a finished run answers at once
     torchrun "$here/train.py" --out "$out/$1" --resume --model "$model" --train "$train" \
@@ -67,4 +68,6 @@ for test in "${tests[@]}"; do
         evaluate "probes-$name-$seed" "$out/critiques-$seed" --data "$test" "${probes[@]}"
     done
 done
-evaluate curve --curve "$out"/*-*/ --plot "$out/curve.png"
+plot=()
+if python -c "import matplotlib" 2> /dev/null; then plot=(--plot "$out/curve.png"); fi
+evaluate curve --curve "$out"/*-*/ "${plot[@]}"
