@@ -16,8 +16,9 @@ pairs (--max-pairs), with different critiques or none (--critiques, --no-critiqu
 seeds, and says how many plain pairs one pair with critiques is worth.
 
 Accuracy counts a tie as wrong, as RewardBench does (Lambert et al., arXiv 2403.13787). Intervals
-are percentiles of a bootstrap over prompts, since pairs over one prompt are not independent; p
-values are those of flipping the sign of the difference of each prompt at random.
+are percentiles of a bootstrap over prompts, since pairs over one prompt are not independent (of a
+curve over prompts and seeds); p values are those of flipping the sign of the difference of each
+prompt at random.
 """
 
 import argparse
@@ -160,12 +161,16 @@ class Opinions:
 
     def measure(self, subset: str, n_pairs: int, seed: int) -> Row:
         """Accuracy with interval, out of the `n_pairs` that there are."""
-        low, high = bootstrap_interval(self.correct, [s.prompt_id for s in self.scores], seed)
+        prompt_ids = [score.prompt_id for score in self.scores]
+        low, high = bootstrap_interval(self.correct, prompt_ids, seed)
         ties, inconsistent = (
             None if array is None else float(array.mean())
             for array in (self.ties, self.inconsistent)
         )
         n, accuracy = len(self.scores), float(self.correct.mean())
+        if low == high:  # resampling says nothing: the exact ends (Clopper & Pearson 1934), or none
+            end = 0.025 ** (1 / len(set(prompt_ids)))
+            low, high = {1: (end, 1.0), 0: (0.0, 1 - end)}.get(accuracy, (None, None))
         return Row(self.scorer, subset, n, accuracy, low, high, ties, inconsistent, n / n_pairs)
 
 
@@ -175,10 +180,14 @@ def bootstrap_interval(
     """The 95 % percentile interval of the mean of (B,) values, prompts drawn with replacement."""
     _, cluster = np.unique(prompt_ids, return_inverse=True)
     n_correct, n_pairs = np.bincount(cluster, correct), np.bincount(cluster)
-    n = len(n_pairs)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), N_RESAMPLES)
+    draws = resample(len(n_pairs), seed)
     low, high = np.quantile((draws @ n_correct) / (draws @ n_pairs), [0.025, 0.975])
     return float(low), float(high)
+
+
+def resample(n: int, seed: int) -> np.ndarray:
+    """(N_RESAMPLES, n): how often each of n is drawn when n are drawn with replacement."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), N_RESAMPLES)
 
 
 def sign_flip_p(differences: np.ndarray, prompt_ids: list[str], seed: int) -> float:
@@ -198,11 +207,10 @@ def sign_flip_p(differences: np.ndarray, prompt_ids: list[str], seed: int) -> fl
 
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
     """Holm's correction (1979): the smallest p times n, the next times n - 1, never decreasing."""
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, k in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
-        highest = max(highest, min(1.0, p_values[k] * (len(p_values) - rank)))
-        adjusted[k] = highest
-    return adjusted
+    p = np.array(p_values, float)
+    order, adjusted = np.argsort(p), np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted.tolist()
 
 
 @dataclass(frozen=True)
@@ -257,60 +265,80 @@ def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Diffe
 class Point:
     """One point of a learning curve: mean accuracy over seeds after training on so many pairs."""
 
+    test: str  # name of the test file
     critiques: str  # which: "none", "of the data", or the name of the file they were taken from
     training_pairs: int
     seeds: int
+    test_pairs: int
     accuracy: float
     low: float  # ends of the 95 % interval
     high: float
     worth_in_plain_pairs: str = ""  # of one pair with critiques, with its 95 % interval
 
 
-Runs = dict[tuple[str, int], list[list[PairScore]]]  # by critiques and number of training pairs
+Runs = dict[tuple[str, int], dict[int, list[PairScore]]]
+COMPARABLE = ("model", "epochs", "lr", "batch_pairs")  # arguments that one curve has in common
 
 
-def read_curve(folders: Sequence[str]) -> Runs:
-    """The scores of each run on its first test file."""
-    runs: Runs = {}
-    for folder in folders:
+def read_curve(folders: Sequence[str]) -> dict[str, Runs]:
+    """The scores on each test file, by critiques and number of training pairs, and by seed."""
+    tests: dict[str, Runs] = {}
+    common = None
+    for folder in map(Path, folders):
         try:
-            record = json.loads((Path(folder) / "run.json").read_text())
+            record = json.loads((folder / "run.json").read_text())
             arguments, n_pairs = record["arguments"], record["summary"]["pairs"]
-        except (OSError, ValueError, KeyError):
+            settings = {name: arguments[name] for name in COMPARABLE}
+            critiques = Path(arguments["critiques"] or "of the data").name
+            key = "none" if arguments["no_critiques"] else critiques, n_pairs // arguments["epochs"]
+            seed = arguments["seed"]
+        except (OSError, ValueError, LookupError, TypeError):
             raise CritiqueRMError(f"{folder}: not a finished run of train.py") from None
-        name = Path(next(iter(record["results"]), "none")).name.split(".")[0]
-        critiques = Path(arguments["critiques"] or "of the data").name.split(".")[0]
-        key = "none" if arguments["no_critiques"] else critiques, n_pairs // arguments["epochs"]
-        runs.setdefault(key, []).append(read_scores(str(Path(folder) / f"scores-{name}.jsonl")))
-    return dict(sorted(runs.items(), key=lambda item: (item[0][0] != "none", item[0])))
+        if settings != (common := common or settings):
+            raise CritiqueRMError(f"{folder}: trained with {settings}, the first with {common}")
+        for path in sorted(folder.glob("scores-*.jsonl")):
+            seeds = tests.setdefault(path.stem.removeprefix("scores-"), {}).setdefault(key, {})
+            if seed in seeds:
+                raise CritiqueRMError(f"{folder}: another run has its seed, pairs and critiques")
+            seeds[seed] = read_scores(str(path))
+    return tests
 
 
-def measure_curve(runs: Runs, seed: int) -> list[Point]:
-    """The points of all curves, and the worth of a pair with critiques.
+def measure_curve(test: str, runs: Runs, seed: int) -> list[Point]:
+    """The points of all curves on one test file, and the worth of a pair with critiques.
 
-    Prompts are resampled for all runs alike, so the interval of the worth is a paired one.
+    Prompts and seeds are resampled, for all runs alike: the interval of the worth is a paired one.
     """
-    tests = [{(s.id, s.prompt_id) for s in scores} for many in runs.values() for scores in many]
-    kept = set.intersection(*tests)
-    first = [s for s in next(iter(runs.values()))[0] if (s.id, s.prompt_id) in kept]
+    runs = dict(sorted(runs.items(), key=lambda item: (item[0][0] != "none", item[0])))
+    every = [scores for by_seed in runs.values() for scores in by_seed.values()]
+    kept = set.intersection(*({(s.id, s.prompt_id) for s in scores} for scores in every))
+    first = [s for s in every[0] if (s.id, s.prompt_id) in kept]
+    if n_left_out := max(map(len, every)) - len(first):
+        say(f"{test}: {n_left_out} pairs are left out, as some run has not scored them")
     if not first:
-        raise CritiqueRMError("the runs have no test pair in common; give them one test file")
+        raise CritiqueRMError(f"the runs have no pair of {test} in common; give them one test file")
     _, cluster = np.unique([s.prompt_id for s in first], return_inverse=True)
-    n = cluster.max() + 1
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), N_RESAMPLES)
-    draws = np.concatenate([np.ones((1, n), int), draws])  # the first is the data itself
-    accuracy = {}  # (1 + N_RESAMPLES,) each
-    for key, many in runs.items():
-        by_id = [{s.id: s.chosen_reward > s.rejected_reward for s in scores} for scores in many]
-        correct = np.mean([[right[s.id] for s in first] for right in by_id], axis=0)
-        accuracy[key] = draws @ np.bincount(cluster, correct) / (draws @ np.bincount(cluster))
+    n_in_cluster = np.bincount(cluster)
+
+    def draw(n: int, seed: int) -> np.ndarray:  # the first is the data itself
+        return np.concatenate([np.ones((1, n), int), resample(n, seed)])
+
+    prompts, accuracy = draw(len(n_in_cluster), seed), {}  # (1 + N_RESAMPLES,) each
+    for key, by_seed in runs.items():
+        right = [
+            {s.id: s.chosen_reward > s.rejected_reward for s in scores}
+            for _, scores in sorted(by_seed.items())
+        ]
+        n_right = [np.bincount(cluster, [one[s.id] for s in first]) for one in right]
+        by_run = prompts @ np.transpose(n_right) / (prompts @ n_in_cluster)[:, None]
+        accuracy[key] = (by_run * draw(len(right), seed + 1)).mean(1)
     plain = {size: values for (critiques, size), values in accuracy.items() if critiques == "none"}
     points = []
     for (critiques, size), values in accuracy.items():
-        low, high = np.quantile(values[1:], [0.025, 0.975])
+        low, high = map(float, np.quantile(values[1:], [0.025, 0.975]))
         worth = measure_worth(values, size, plain) if critiques != "none" and len(plain) > 1 else ""
-        n_seeds = len(runs[critiques, size])
-        points.append(Point(critiques, size, n_seeds, float(values[0]), low, high, worth))
+        counts = len(runs[critiques, size]), len(first)
+        points.append(Point(test, critiques, size, *counts, float(values[0]), low, high, worth))
     return points
 
 
@@ -342,24 +370,25 @@ def show_worth(worth: float, lowest: float, highest: float) -> str:
 
 
 def plot_curve(points: Sequence[Point], path: str) -> None:
-    """Accuracy over training pairs by kind of critiques; beside it that at the most pairs."""
+    """For each test: accuracy over training pairs by critiques; beside it that at the most pairs."""
     pyplot = load_pyplot()
     if pyplot is None:
         raise CritiqueRMError("--plot needs matplotlib; run: pip install matplotlib")
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 4), layout="constrained", sharey=True
-    )
-    for n, critiques in enumerate(dict.fromkeys(point.critiques for point in points)):
-        those = [point for point in points if point.critiques == critiques]
-        sizes, accuracy = [p.training_pairs for p in those], np.array([p.accuracy for p in those])
-        ends = np.abs([accuracy - [p.low for p in those], [p.high for p in those] - accuracy])
-        if len(those) > 1:
-            left.errorbar(sizes, accuracy, ends, marker="o", capsize=3, label=critiques)
-        right.errorbar([critiques], accuracy[-1:], ends[:, -1:], marker="o", capsize=3)
-    left.set(xscale="log", xlabel="training pairs", ylabel="test accuracy")
-    left.legend(title="critiques")
-    right.set(xlabel="critiques, at the most training pairs")
-    right.tick_params(axis="x", rotation=30)
+    tests = list(dict.fromkeys(point.test for point in points))
+    size = {"figsize": (10, 4 * len(tests)), "layout": "constrained"}
+    figure, rows = pyplot.subplots(len(tests), 2, squeeze=False, sharey="row", **size)
+    for test, (left, right) in zip(tests, rows):
+        for critiques in dict.fromkeys(point.critiques for point in points if point.test == test):
+            those = [p for p in points if (p.test, p.critiques) == (test, critiques)]
+            sizes, accuracy = [p.training_pairs for p in those], [p.accuracy for p in those]
+            ends = np.abs(np.transpose([(p.accuracy - p.low, p.high - p.accuracy) for p in those]))
+            if len(those) > 1:
+                left.errorbar(sizes, accuracy, ends, marker="o", capsize=3, label=critiques)
+            right.errorbar([critiques], accuracy[-1:], ends[:, -1:], marker="o", capsize=3)
+        left.set(xscale="log", xlabel="training pairs", ylabel=f"accuracy on {test}")
+        left.legend(title="critiques")
+        right.set(xlabel="critiques, at the most training pairs")
+        right.tick_params(axis="x", rotation=30)
     figure.savefig(path, dpi=150)
 
 
@@ -436,21 +465,19 @@ def calibrate(margin: np.ndarray, n_bins: int = 10) -> tuple[np.ndarray, np.ndar
 
 
 def apply_probe(pairs: list[Pair], probe: str, seed: int) -> list[Pair]:
-    """The pairs with their critiques changed as PROBES says."""
-    if probe == "swapped":
-        both = [(pair.rejected_critiques, pair.chosen_critiques) for pair in pairs]
-    elif probe == "empty":
-        both = [(("",), ("",))] * len(pairs)
-    elif probe == "critique-only":
-        return [replace(pair, chosen="", rejected="") for pair in pairs]
-    elif probe == "response-only":
-        return pairs
-    else:
+    """The pairs changed as PROBES says; response-only is for an encoder without critiques."""
+    if probe == "shuffled":
         return shuffle_critiques(pairs, seed)
-    return [
-        replace(pair, chosen_critiques=chosen, rejected_critiques=rejected)
-        for pair, (chosen, rejected) in zip(pairs, both)
-    ]
+    changes = {
+        "swapped": lambda pair: {
+            "chosen_critiques": pair.rejected_critiques,
+            "rejected_critiques": pair.chosen_critiques,
+        },
+        "empty": lambda _: {"chosen_critiques": ("",), "rejected_critiques": ("",)},
+        "critique-only": lambda _: {"chosen": "", "rejected": ""},
+        "response-only": lambda _: {},
+    }
+    return [replace(pair, **changes[probe](pair)) for pair in pairs]
 
 
 def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[Pair]:
@@ -460,7 +487,7 @@ def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[
     for subset in sorted({pair.subset for pair in pairs}):
         places = [place for place in critiques if pairs[place[0]].subset == subset]
         drawn = rng.permutation(len(places))[: round(share * len(places))]
-        moved = [critiques[places[k]] for k in rng.permutation(drawn)]
+        moved = [critiques[places[k]] for k in np.roll(drawn, 1)]  # round: none stays in its place
         critiques |= {places[k]: texts for k, texts in zip(drawn, moved)}
     return [
         replace(pair, chosen_critiques=critiques[n, 0], rejected_critiques=critiques[n, 1])
@@ -493,17 +520,20 @@ def collect_opinions(
         ),
     ]
     for path in judges:
-        opinions += read_verdicts(path, scores)
+        opinions += read_verdicts(path, scores, len(judges) > 1)
     return [opinion for opinion in opinions if opinion.scores]
 
 
-def read_verdicts(path: str, scores: list[PairScore]) -> list[Opinions]:
+def read_verdicts(
+    path: str, scores: list[PairScore], is_one_of_many: bool = False
+) -> list[Opinions]:
     """Reads what `generate.py --task judge` wrote; a pair counts if both orders got an answer."""
     by_scorer: dict[str, dict[str, list[bool]]] = {}
     for where, row in rm.read_rows(path):
         try:
             answers = [row["verdicts"][order] for order in ("chosen_first", "rejected_first")]
             scorer = "judge with critiques" if row["with_critiques"] else "judge"
+            scorer += f" ({Path(path).stem})" if is_one_of_many else ""
             pair_id = row["id"]
         except (KeyError, TypeError):
             raise CritiqueRMError(f"{where}: not a verdict of generate.py --task judge") from None
@@ -729,7 +759,7 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
         rm.replace_file(Path(args.html), page)
     if args.json:
         table = description | {"rows": [asdict(row) for row in rows], "robustness": robustness}
-        rm.replace_file(Path(args.json), json.dumps(table, indent=2) + "\n")
+        write_json(args.json, table)
     print("\n\n".join(tables))
     return 0
 
@@ -740,22 +770,24 @@ def compare_scores(args: argparse.Namespace) -> int:
     print(to_markdown(rows))
     if args.json:
         table = {"a": args.compare[0], "b": args.compare[1], "rows": [asdict(row) for row in rows]}
-        rm.replace_file(Path(args.json), json.dumps(table, indent=2) + "\n")
+        write_json(args.json, table)
     return 0
 
 
 def draw_curve(args: argparse.Namespace) -> int:
     """Prints the learning curves of the runs of --curve."""
-    points = measure_curve(read_curve(args.curve), args.seed)
+    tests = read_curve(args.curve).items()
+    points = [point for test, runs in tests for point in measure_curve(test, runs, args.seed)]
     if args.plot:
         plot_curve(points, args.plot)
     if args.json:
-        rows = [asdict(point) for point in points]
-        rm.replace_file(
-            Path(args.json), json.dumps({"runs": args.curve, "rows": rows}, indent=2) + "\n"
-        )
+        write_json(args.json, {"runs": args.curve, "rows": [asdict(point) for point in points]})
     print(to_markdown(points))
     return 0
+
+
+def write_json(path: str, table: dict) -> None:
+    rm.replace_file(Path(path), json.dumps(table, indent=2) + "\n")
 
 
 def read_scores(path: str) -> list[PairScore]:

@@ -211,12 +211,16 @@ def describe(args: Namespace, data: dict[str, list[Pair]], encoder: Encoder) -> 
     """What must be the same for a run to be the same run, and with what it ran."""
     return {
         "arguments": vars(args),
-        "data": {name: rm.digest([asdict(pair) for pair in pairs]) for name, pairs in data.items()},
+        "data": digest_data(data),
         "template": rm.digest(encoder.tokenizer.chat_template, rm.SEPARATOR),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
         "processes": dist.get_world_size(),
     }
+
+
+def digest_data(data: dict[str, list[Pair]]) -> dict[str, str]:
+    return {name: rm.digest([asdict(pair) for pair in pairs]) for name, pairs in data.items()}
 
 
 def check_same_run(old: dict, new: dict) -> None:
@@ -742,15 +746,15 @@ def run(args: Namespace) -> dict:
     path = folder / "run.json"  # as rank 0 sees it: another machine may see a shared folder late
     old = None if args.overwrite else rm.on_rank_zero(lambda: read_run(path))
     if old and "summary" in old:
-        check_same_run(old, {**old, "arguments": vars(args)})
+        check_same_run(old, old | {"arguments": vars(args), "data": digest_data(pairs)})
         say(f"{folder} is finished")
         return old["summary"]
     try:
-        model, encoder = prepare_model(args, folder, pairs[args.train])
         chosen = pairs[args.train]
-        if args.max_pairs:
+        if args.max_pairs:  # before a tokenizer is trained: it must not see the others
             order = np.random.default_rng(args.seed).permutation(len(chosen))
             chosen = [chosen[n] for n in order[: args.max_pairs]]
+        model, encoder = prepare_model(args, folder, chosen)
         training = encoder.encode_pairs(chosen, args.train)
         tests = {name: encoder.encode_pairs(pairs[name], name) for name in dict.fromkeys(args.test)}
     except CritiqueRMError:

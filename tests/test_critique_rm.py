@@ -959,3 +959,14 @@ def test_an_answer_that_cannot_be_read_whole_has_no_reward(reward_folder, mesh):
     encoder.use_critiques = False  # all five are then the same
     rewards = rm.score_answers(model, encoder, answers)
     assert rewards == [rewards[0]] * 5 and rewards[0] is not None
+
+
+@pytest.mark.parametrize("name, n_pairs", [("train", 304), ("test", 96)])
+def test_the_weak_critic_has_criticised_every_embedded_response(name, n_pairs):
+    data = Path(__file__).parent.parent / "data"
+    strong = read_pairs(str(data / f"{name}.jsonl"))
+    weak = read_pairs(str(data / f"{name}.jsonl"), critiques=str(data / "weak_critiques.jsonl"))
+    assert [pair.id for pair in weak] == [pair.id for pair in strong] and len(weak) == n_pairs
+    for one, other in zip(weak, strong):
+        for a, b in zip(one.answers, other.answers):
+            assert len(a.critiques) == 1 and a.critiques != b.critiques

@@ -251,6 +251,7 @@ def test_output_reads_back_as_the_same_pairs_in_the_same_order(serve, run):
     rows = [
         {"id": "b", "subset": "s", "prompt": "Q", "chosen": "", "rejected": "x", "margin": 0.5},
         {"id": "a", "prompt": talk, "chosen": "c", "rejected": "r", "chosen_critique": "old"},
+        {"id": "c", "prompt": [{"role": "user", "content": " "}], "chosen": "c", "rejected": "r"},
     ]
     write_rows(rows)
     assert run(serve()).code == 0
@@ -324,8 +325,8 @@ def test_help_does_not_show_the_secret_of_a_base_url(run, monkeypatch, capsys):
     "flags",
     [
         "--workers 0", "--max-tokens x", "--timeout-seconds -1", "--work 3", "--task essay",
-        "--extra-body [1]", '--extra-body {"stream":true}', "--header nonsense",
-        "--header api-key:literal", "--header X:$NOT_SET", "--with-critiques",
+        "--extra-body [1]", '--extra-body {"stream":true}', "--base-url http://h/v1?api-key=1",
+        "--header nonsense", "--header api-key:literal", "--header X:$NOT_SET", "--with-critiques",
         "--task judge --n-critiques 2", "--output=", "--base-url ftp://h",
         "--base-url http://u:p@h/v1", "--base-url http://[literal", "--prompt-file /dev/null",
     ],
@@ -521,6 +522,7 @@ def test_ctrl_c_ends_within_two_seconds_and_says_how_to_continue(serve, run):
     assert len(read_rows("out.jsonl.journal")) == 20
     server.reply = echo
     assert run(server).counts["requested"] == 20
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # --------------------------------------------------------------------------------------------------
@@ -593,6 +595,7 @@ def test_a_server_with_thirty_percent_faults_loses_nothing(serve, run):
         (error(404, "No such model"), "404 No such model"),
         (error(400, "API key not valid"), "400 API key not valid"),
         (error(429, "Pay first", code="insufficient_quota"), "429 Pay first"),
+        (error(403, "Your account was flagged"), "403 Your account was flagged"),
         (Reply(404, b"<html>\n<h1>Not\x1b[31m found</h1>"), "404 Not [31m found"),
     ],
 )
@@ -603,9 +606,47 @@ def test_hopeless_errors_stop_the_run_with_one_line(reply, expected, serve, run)
     assert result.code == 1 and server.n_requests <= 12
     assert result.stderr == (
         f"{server.url}/chat/completions: {expected}; "
-        "check the URL, --model and OPENAI_API_KEY\n"
+        "check the URL, --model, OPENAI_API_KEY\n"
     )
     assert len(read_rows("out.jsonl.journal")) == 10 and not os.path.exists("out.jsonl")
+
+
+def test_the_variable_that_holds_the_key_is_named(serve, run, monkeypatch):
+    monkeypatch.setenv("AZURE_KEY", "azure-secret-1")
+    write_pairs(1)
+    result = run(serve(lambda *_: error(401)), "--header", "api-key:$AZURE_KEY")
+    assert result.stderr.endswith(": 401 no; check the URL, --model, AZURE_KEY\n")
+
+
+def test_a_key_in_the_query_is_shown_nowhere(serve, run, monkeypatch):
+    server = serve(lambda request, _: Reply(404, f"Cannot POST {request.path}".encode()))
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}?api-key=query-secret-2")
+    write_pairs(1)
+    assert ": 404 Cannot POST /v1/chat/completions?api-key=***; check" in run(None).stderr
+
+
+def test_a_gateway_that_stays_down_ends_the_run(serve, run):
+    """Calls out of tries in a row: five after five answers are the server's end, not theirs."""
+    server = serve(lambda request, number: error(502) if number > 5 else echo(request))
+    write_pairs(50)
+    result = run(server, "--workers", "1", "--max-retries", "1")
+    assert (result.code, server.n_requests) == (1, 5 + 2 * generate.MIN_GIVEN_UP)
+    assert "status 502 again and again: no; check the URL" in result.stderr
+
+
+@pytest.mark.parametrize("reason, n_requests", [("abort", 4), ("error", 4), ("model_length", 2)])
+def test_an_answer_that_is_not_whole_is_no_critique(reason, n_requests, serve, run):
+    server = serve(lambda *_: completion("The respo", reason))
+    write_pairs(1)
+    assert run(server, "--max-retries", "1").code == 1 and server.n_requests == n_requests
+    assert [row["reason"] for row in read_rows("out.jsonl.failures.jsonl")] == [reason] * 2
+
+
+def test_a_dry_run_after_failures_alone_does_not_lock_the_output(serve, run):
+    write_pairs(1)
+    assert run(serve(lambda *_: error(400))).code == 1
+    assert run(serve(), "--dry-run").code == 0
+    assert run(serve()).code == 0
 
 
 def test_a_refusal_cannot_write_to_the_terminal(serve, run):
@@ -631,7 +672,7 @@ def test_a_server_that_was_reached_before_is_waited_for_longer():
     args = generate.parse_arguments(arguments("http://127.0.0.1:1"))
     endpoint, problem = generate.Endpoint(args), generate.Retry("unreachable", "refused")
     assert endpoint.back_off(problem, 2) <= 60
-    with pytest.raises(CritiqueRMError, match="127.0.0.1:1/chat/completions: refused;"):
+    with pytest.raises(CritiqueRMError, match="unreachable again and again: refused;"):
         endpoint.back_off(problem, 3)
     endpoint.is_reached = True
     assert endpoint.back_off(problem, 8) <= 60
@@ -797,7 +838,8 @@ def test_content_may_come_in_parts_or_broken(serve, run):
 
 
 @pytest.mark.parametrize(
-    "leak", ["I give it 8/10.", "**Score:** 8", "The other response errs.", "Both answers err."]
+    "leak",
+    ["I give it 8/10.", "**Score:** 8", "Another response errs.", "Both answers err."],
 )
 def test_leaks_are_warned_of(leak, serve, run):
     write_pairs(20)
@@ -809,7 +851,7 @@ def test_leaks_are_warned_of(leak, serve, run):
     assert "warning" not in run(serve(reply)).stderr
     n_leaks[0] = 3
     result = run(serve(reply), output="more.jsonl")
-    assert "warning: 3 of 40 critiques mention" in result.stderr
+    assert "warning: 3 of 40 critiques hold a grade or mention another" in result.stderr
 
 
 # --------------------------------------------------------------------------------------------------

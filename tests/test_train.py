@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import math
+import shutil
 import signal
 import socket
 import sys
@@ -121,6 +122,14 @@ def test_nothing_is_left_over(finished):
     assert {"run.json", "metrics.jsonl", "scores-test.jsonl", "config.json", "README.md"} <= names
 
 
+def test_the_tiny_tokenizer_saw_the_pairs_of_the_run_alone(finished):
+    pairs = rm.read_pairs(str(ROOT / "data" / "train.jsonl"))
+    order = np.random.default_rng(0).permutation(len(pairs))[:10]
+    expected = train.train_tokenizer([pairs[n] for n in order], train.parse_arguments([]))
+    tokenizer = AutoTokenizer.from_pretrained(finished[0])
+    assert tokenizer.get_vocab() == expected.get_vocab()
+
+
 # --------------------------------------------------------------------------------------------------
 # Run folders
 
@@ -149,6 +158,15 @@ def test_resuming_a_finished_run_gives_its_summary(finished, small, mesh):
 def test_resuming_a_finished_run_with_something_else_is_refused(finished, small, mesh):
     with pytest.raises(rm.CritiqueRMError, match="arguments 'lr' was 0.001 and is now 0.1"):
         run_here(*small, "--out", finished[0], "--resume", "--lr", "0.1")
+
+
+def test_resuming_a_finished_run_with_other_data_is_refused(finished, small, mesh, tmp_path):
+    shutil.copytree(finished[0], copy := tmp_path / "copy")
+    record = json.loads((copy / "run.json").read_text())
+    record["data"] = dict.fromkeys(record["data"], "another")
+    (copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(rm.CritiqueRMError, match="data .*train.jsonl' was 'another' and is now"):
+        run_here(*small, "--out", copy, "--resume")
 
 
 def test_overwrite_does_not_start_anew_at_each_restart(finished, small, monkeypatch):
