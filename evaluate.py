@@ -386,9 +386,12 @@ def plot_curve(points: Sequence[Point], path: str) -> None:
                 left.errorbar(sizes, accuracy, ends, marker="o", capsize=3, label=critiques)
             right.errorbar([critiques], accuracy[-1:], ends[:, -1:], marker="o", capsize=3)
         left.set(xscale="log", xlabel="training pairs", ylabel=f"accuracy on {test}")
+        sizes = sorted({point.training_pairs for point in points if point.test == test})
+        left.set_xticks(sizes, map(str, sizes))
+        left.minorticks_off()
         left.legend(title="critiques")
         right.set(xlabel="critiques, at the most training pairs")
-        right.tick_params(axis="x", rotation=30)
+        right.tick_params(axis="x", rotation=20)
     figure.savefig(path, dpi=150)
 
 
