@@ -90,8 +90,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--curve", nargs="+", metavar="RUN", help="folders of train.py")
     add = parser.add_argument_group("input").add_argument
     add("--no-critiques", action="store_true", help="leave critiques out of the input")
-    add("--critiques", metavar="FILE", help="take them from there, by the id of a pair")
-    add("--skip-bad", action="store_true", help="count bad records, do not refuse")
+    add("--critiques", metavar="FILE", help="take them from there, by pair id")
+    add("--skip-bad", action="store_true", help="leave out bad records, count them")
     add("--max-length-tokens", type=int, help="of a sequence; None: the model's")
     add("--micro-batch-tokens", type=int, default=4096, help="computed at a time on a rank")
     add = parser.add_argument_group("table").add_argument

@@ -87,7 +87,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("pairs", metavar="PAIRS", help="preference pairs: a file or Hub data set")
-    parser.add_argument("--skip-bad", action="store_true", help="count bad records, do not refuse")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out bad records, count them")
     parser.add_argument("--output", required=True, metavar="OUT", help="JSON lines file to write")
     add = parser.add_argument_group("task").add_argument
     add("--task", choices=SIDES, default="critique", help="what to ask about the pairs")
