@@ -7,18 +7,21 @@ memory and CPU time are its alone, CPU time without its imports.
 """
 
 import argparse
+import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
 import time
 
-from test_generate import Reply, Request, Server, arguments, completion, generate, write_pairs
+from test_generate import arguments, completion, generate, write_pairs
 
 ANSWER_SECONDS = 0.2
-ANSWER = completion("The response follows the instruction, is correct, and reads well. " * 8)
+ANSWER = completion("The response follows the instruction, is correct, and reads well. " * 8).payload
 
 
 def main() -> None:
@@ -43,13 +46,22 @@ def main() -> None:
 
 
 def serve(urls: multiprocessing.SimpleQueue) -> None:
-    def answer_slowly(request: Request, number: int) -> Reply:
-        time.sleep(ANSWER_SECONDS)
-        return ANSWER
+    """A server that takes little of the machine: the client is to be measured."""
 
-    server = Server(answer_slowly, keep_requests=False)
-    urls.put(server.url)
-    server.is_over.wait()
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # the client left
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
+                await asyncio.sleep(ANSWER_SECONDS)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(ANSWER) + ANSWER)
+
+    async def listen() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        urls.put(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
+        await server.serve_forever()
+
+    asyncio.run(listen())
 
 
 def measure(url: str, n_requests: int, workers: int) -> None:

@@ -22,7 +22,9 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_documented_command_is_accepted(words, monkeypatch):
+def test_documented_command_is_accepted(words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("verdicts.jsonl").touch()
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
     script, *arguments = words
     importlib.import_module(script.removesuffix(".py")).parse_arguments(arguments)
