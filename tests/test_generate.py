@@ -326,6 +326,7 @@ def test_help_does_not_show_the_secret_of_a_base_url(run, monkeypatch, capsys):
     [
         "--workers 0", "--max-tokens x", "--timeout-seconds -1", "--work 3", "--task essay",
         "--extra-body [1]", '--extra-body {"stream":true}', "--base-url http://h/v1?api-key=1",
+        '--extra-body {"max_completion_tokens":9}',
         "--header nonsense", "--header api-key:literal", "--header X:$NOT_SET", "--with-critiques",
         "--task judge --n-critiques 2", "--output=", "--base-url ftp://h",
         "--base-url http://u:p@h/v1", "--base-url http://[literal", "--prompt-file /dev/null",
@@ -699,6 +700,23 @@ def test_the_key_is_sent_and_written_nowhere(serve, run):
     written = "".join(Path(name).read_text() for name in os.listdir())
     assert KEY not in written + result.stdout + result.stderr
     assert read_rows()[0]["chosen_critique"] == "Your key is Bearer ***"
+
+
+def test_a_placeholder_in_place_of_a_key_is_no_secret(serve, run, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "anything")
+    write_pairs(1)
+    run(serve(lambda *_: completion("It says anything.")))
+    assert read_rows()[0]["chosen_critique"] == "It says anything."
+
+
+def test_after_a_stop_no_call_is_made(serve):
+    """Else an answer cut off would be paid for twice after Ctrl-C."""
+    server = serve()
+    endpoint = generate.Endpoint(generate.parse_arguments(arguments(server.url)))
+    endpoint.stop.set()
+    with pytest.raises(generate.Failed, match="stopped"):
+        endpoint.complete({"max_tokens": 1})
+    assert server.n_requests == 0
 
 
 def test_netrc_does_not_replace_the_key(serve, run, monkeypatch):
