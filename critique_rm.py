@@ -10,6 +10,7 @@ Method: Ye et al., "Improving Reward Models with Synthetic Critiques", arXiv 240
 Shapes: B pairs, S sequences, R rows, T tokens in a row, H hidden size.
 """
 
+import argparse
 import ctypes
 import gzip
 import hashlib
@@ -49,7 +50,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # --------------------------------------------------------------------------------------------------
-# Errors and messages
+# Errors, messages, arguments
 
 
 class CritiqueRMError(Exception):
@@ -84,6 +85,17 @@ def say_error(script: str, error: BaseException) -> None:
     rank = "" if os.environ.get("LOCAL_RANK", "0") == "0" else f"rank {os.environ['RANK']}: "
     if not rank or not isinstance(error, CritiqueRMError):
         print(f"{script}: {rank}{_first_line(error)}", file=sys.stderr, flush=True)
+
+
+def natural(text: str, least: int = 0) -> int:
+    """The type of an argument that is a whole number, 0 or more."""
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is below {least}")
+    return int(text)
+
+
+def positive_int(text: str) -> int:
+    return natural(text, least=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,7 +152,7 @@ def read_pairs(source: str, skip_bad: bool = False, critiques: str | None = None
     recognised by its fields: ours, TRL's preference formats, UltraFeedback-binarized, HH-RLHF
     transcripts, RewardBench, PandaLM's test set (majority of three annotators, ties dropped) and
     LLMBar. Records without an id get one from their content. With `critiques`, another such file,
-    what it says of the pairs of the same id takes the place of their critiques.
+    which may hold the pairs of several, what it says of each pair takes the place of its critiques.
 
     Raises CritiqueRMError naming file, line, field, what was found and what to do; with `skip_bad`
     records that are wrong in themselves are left out and counted instead.
@@ -156,25 +168,25 @@ def read_pairs(source: str, skip_bad: bool = False, critiques: str | None = None
 
 
 def _replace_critiques(pairs: list[Pair], source: str, about: str) -> list[Pair]:
-    """Takes critiques by id from another file; pairs it does not hold are left without."""
-    others = {pair.id: pair for pair in read_pairs(source)}
-    if not any(pair.id in others for pair in pairs):
-        advice = "run generate.py on that file"
-        raise CritiqueRMError(f"{source}: no id in it is one of {about}; {advice}")
-    replaced = []
-    for pair in pairs:
-        other = others.get(pair.id, replace(pair, chosen_critiques=(), rejected_critiques=()))
-        for name in ("prompt", *SIDES):
-            if getattr(other, name) != getattr(pair, name):
-                raise CritiqueRMError(f"{source}: {pair.id!r} is of another {name} than in {about}")
-        both = {f"{side}_critiques": getattr(other, f"{side}_critiques") for side in SIDES}
-        replaced.append(replace(pair, **both))
-    return replaced
+    """Takes critiques from another file, by id and text; pairs it lacks are left without."""
+
+    def identity(pair: Pair) -> tuple:  # two data sets may use one id
+        return pair.id, pair.prompt, pair.chosen, pair.rejected
+
+    others = {identity(pair): pair for _, pair in read_rows(source, _parse_pair) if pair}
+    if not any(identity(pair) in others for pair in pairs):
+        advice = "it must hold their ids and texts, as generate.py writes them"
+        raise CritiqueRMError(f"{source}: no pair in it is one of {about}; {advice}")
+    names = [f"{side}_critiques" for side in SIDES]
+    return [
+        replace(pair, **{name: getattr(others.get(identity(pair)), name, ()) for name in names})
+        for pair in pairs
+    ]
 
 
-def read_answers(source: str) -> list[Answer]:
+def read_answers(source: str, skip_bad: bool = False) -> list[Answer]:
     """Reads single records {prompt, response, critique?, id?}, to be scored on their own."""
-    answers = [answer for _, answer in read_rows(source, _parse_answer)]
+    answers = [answer for _, answer in read_rows(source, _parse_answer, skip_bad)]
     if not answers:
         raise CritiqueRMError(f"{source}: no answer in it; expected a JSON object a line")
     return answers
@@ -633,9 +645,12 @@ class Encoder:
             kept.append(Message(role, content))
         return kept[::-1]
 
-    def encode_pairs(self, pairs: Sequence[Pair], source: str) -> list[EncodedPair]:
+    def encode_pairs(
+        self, pairs: Sequence[Pair], source: str, keep_equal: bool = False
+    ) -> list[EncodedPair]:
         """Encodes pairs; says how many were cut or left out, and why (never invents a critique).
 
+        Those whose two sides read the same teach nothing; with `keep_equal` they are kept, as ties.
         Raises CritiqueRMError if no pair is left.
         """
         self.counts.clear()
@@ -645,7 +660,7 @@ class Encoder:
                 self.counts["without critique"] += 1
             elif sides := self.encode_answers(pair.answers):
                 chosen, rejected = ([ids.tolist() for ids in side] for side in sides)
-                if chosen == rejected:
+                if chosen == rejected and not keep_equal:
                     self.counts["with equal token sequences"] += 1
                 else:
                     encoded.append(EncodedPair(pair, *sides))

@@ -27,7 +27,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -35,12 +35,14 @@ import numpy as np
 import torch.distributed as dist
 
 import critique_rm as rm
-from critique_rm import CritiqueRMError, Pair, PairScore, say
+from critique_rm import CritiqueRMError, Pair, PairScore, natural, positive_int, say
 
 N_RESAMPLES = 2000
 N_FLIPS = 9999
+MIN_SHUFFLED_PAIRS = 10  # with one pair, shuffling a subset would be swapping
 PROBES = {  # what changes, and what stays in the input
-    "shuffled": "critiques exchanged at random within a subset; prompt, response, separator stay",
+    "shuffled": "critiques exchanged at random, within subsets of ten pairs or more; prompt, "
+    "response, separator stay",
     "swapped": "critiques of chosen and rejected exchanged; prompt, response, separator stay",
     "empty": "critiques removed; prompt, response and separator stay",
     "critique-only": "responses removed; prompt, separator and critique stay",
@@ -92,12 +94,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-critiques", action="store_true", help="leave critiques out of the input")
     add("--critiques", metavar="FILE", help="take them from there, by pair id")
     add("--skip-bad", action="store_true", help="leave out bad records, count them")
-    add("--max-length-tokens", type=int, help="of a sequence; None: the model's")
-    add("--micro-batch-tokens", type=int, default=4096, help="computed at a time on a rank")
+    add("--max-length-tokens", type=positive_int, help="of a sequence; None: the model's")
+    add("--micro-batch-tokens", type=positive_int, default=4096, help="computed at once on a rank")
     add = parser.add_argument_group("table").add_argument
     add("--probe", choices=PROBES, action="append", default=[], help="another row; repeatable")
     add("--judge", metavar="FILE", action="append", default=[], help="verdicts of generate.py")
-    add("--seed", type=int, default=0, help="of bootstrap, sign flips and shuffling")
+    add("--seed", type=natural, default=0, help="of bootstrap, sign flips and shuffling")
     add = parser.add_argument_group("files to write").add_argument
     add("--json", metavar="FILE", help="the table")
     add("--scores", metavar="FILE", help="one line a pair")
@@ -111,9 +113,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--json does not go with --score")
     if bool(args.run) == bool(args.compare or args.curve) or args.plot and not args.curve:
         parser.error("RUN goes with --data or --score, and --plot with --curve")
-    for path in args.judge:
-        if not Path(path).is_file():
-            parser.error(f"{path}: no such file")
     outputs = (args.json, args.scores, args.html, args.plot)
     for path in filter(None, outputs):  # before hours of scoring
         if not Path(path).absolute().parent.is_dir():
@@ -168,26 +167,37 @@ class Opinions:
             for array in (self.ties, self.inconsistent)
         )
         n, accuracy = len(self.scores), float(self.correct.mean())
-        if low == high:  # resampling says nothing: the exact ends (Clopper & Pearson 1934), or none
-            end = 0.025 ** (1 / len(set(prompt_ids)))
-            low, high = {1: (end, 1.0), 0: (0.0, 1 - end)}.get(accuracy, (None, None))
+        if low is None:
+            low, high = exact_interval(accuracy, len(set(prompt_ids)))
         return Row(self.scorer, subset, n, accuracy, low, high, ties, inconsistent, n / n_pairs)
 
 
 def bootstrap_interval(
     correct: np.ndarray, prompt_ids: list[str], seed: int
-) -> tuple[float, float]:
+) -> tuple[float | None, float | None]:
     """The 95 % percentile interval of the mean of (B,) values, prompts drawn with replacement."""
     _, cluster = np.unique(prompt_ids, return_inverse=True)
     n_correct, n_pairs = np.bincount(cluster, correct), np.bincount(cluster)
-    draws = resample(len(n_pairs), seed)
-    low, high = np.quantile((draws @ n_correct) / (draws @ n_pairs), [0.025, 0.975])
-    return float(low), float(high)
+    draws = resample(len(n_pairs), len(n_pairs), seed)
+    return percentile_interval([draw @ n_correct / (draw @ n_pairs) for draw in draws])
 
 
-def resample(n: int, seed: int) -> np.ndarray:
-    """(N_RESAMPLES, n): how often each of n is drawn when n are drawn with replacement."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), N_RESAMPLES)
+def resample(n: int, n_drawn: int, seed: int) -> Iterator[np.ndarray]:
+    """N_RESAMPLES times: how often each of n is drawn when some are drawn with replacement, (n,)."""
+    rng = np.random.default_rng(seed)
+    return (rng.multinomial(n_drawn, np.full(n, 1 / n)) for _ in range(N_RESAMPLES))
+
+
+def percentile_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The middle 95 % of the values of resamples; none if they are all equal and so say nothing."""
+    low, high = map(float, np.quantile(values, [0.025, 0.975]))
+    return (low, high) if low < high else (None, None)
+
+
+def exact_interval(accuracy: float, n: int) -> tuple[float | None, float | None]:
+    """Of n prompts that are all right or all wrong (Clopper & Pearson 1934); else none."""
+    end = 0.025 ** (1 / n)
+    return {1.0: (end, 1.0), 0.0: (0.0, 1 - end)}.get(accuracy, (None, None))
 
 
 def sign_flip_p(differences: np.ndarray, prompt_ids: list[str], seed: int) -> float:
@@ -222,8 +232,8 @@ class Difference:
     accuracy_of_A: float
     accuracy_of_B: float
     difference: float
-    low: float  # ends of the 95 % interval
-    high: float
+    low: float | None  # ends of the 95 % interval
+    high: float | None
     p: float  # of subsets: after Holm's correction
     only_A_right: int  # McNemar's counts
     only_B_right: int
@@ -271,13 +281,16 @@ class Point:
     seeds: int
     test_pairs: int
     accuracy: float
-    low: float  # ends of the 95 % interval
-    high: float
+    low: float | None  # ends of the 95 % interval
+    high: float | None
     worth_in_plain_pairs: str = ""  # of one pair with critiques, with its 95 % interval
 
 
 Runs = dict[tuple[str, int], dict[int, list[PairScore]]]
-COMPARABLE = ("model", "epochs", "lr", "batch_pairs")  # arguments that one curve has in common
+COMPARABLE = (  # arguments that one curve has in common
+    *("model", "train", "max_length_tokens", "epochs", "batch_pairs", "lr", "centering"),
+    "average_critiques",
+)
 
 
 def read_curve(folders: Sequence[str]) -> dict[str, Runs]:
@@ -287,10 +300,10 @@ def read_curve(folders: Sequence[str]) -> dict[str, Runs]:
     for folder in map(Path, folders):
         try:
             record = json.loads((folder / "run.json").read_text())
-            arguments, n_pairs = record["arguments"], record["summary"]["pairs"]
+            arguments = record["arguments"]
             settings = {name: arguments[name] for name in COMPARABLE}
             critiques = Path(arguments["critiques"] or "of the data").name
-            key = "none" if arguments["no_critiques"] else critiques, n_pairs // arguments["epochs"]
+            key = "none" if arguments["no_critiques"] else critiques, record["training_pairs"]
             seed = arguments["seed"]
         except (OSError, ValueError, LookupError, TypeError):
             raise CritiqueRMError(f"{folder}: not a finished run of train.py") from None
@@ -308,6 +321,8 @@ def measure_curve(test: str, runs: Runs, seed: int) -> list[Point]:
     """The points of all curves on one test file, and the worth of a pair with critiques.
 
     Prompts and seeds are resampled, for all runs alike: the interval of the worth is a paired one.
+    Of n seeds n - 1 are drawn, which makes the variance of their mean the unbiased one (McCarthy &
+    Snowden 1985); with n drawn, three seeds would look a third less different than they are.
     """
     runs = dict(sorted(runs.items(), key=lambda item: (item[0][0] != "none", item[0])))
     every = [scores for by_seed in runs.values() for scores in by_seed.values()]
@@ -320,10 +335,11 @@ def measure_curve(test: str, runs: Runs, seed: int) -> list[Point]:
     _, cluster = np.unique([s.prompt_id for s in first], return_inverse=True)
     n_in_cluster = np.bincount(cluster)
 
-    def draw(n: int, seed: int) -> np.ndarray:  # the first is the data itself
-        return np.concatenate([np.ones((1, n), int), resample(n, seed)])
+    def draw(n: int, n_drawn: int, seed: int) -> np.ndarray:  # the first is the data itself
+        return np.stack([np.ones(n, int), *resample(n, n_drawn, seed)])
 
-    prompts, accuracy = draw(len(n_in_cluster), seed), {}  # (1 + N_RESAMPLES,) each
+    prompts = draw(len(n_in_cluster), len(n_in_cluster), seed)
+    accuracy = {}  # (1 + N_RESAMPLES,) each
     for key, by_seed in runs.items():
         right = [
             {s.id: s.chosen_reward > s.rejected_reward for s in scores}
@@ -331,11 +347,14 @@ def measure_curve(test: str, runs: Runs, seed: int) -> list[Point]:
         ]
         n_right = [np.bincount(cluster, [one[s.id] for s in first]) for one in right]
         by_run = prompts @ np.transpose(n_right) / (prompts @ n_in_cluster)[:, None]
-        accuracy[key] = (by_run * draw(len(right), seed + 1)).mean(1)
+        seeds = draw(len(right), max(1, len(right) - 1), seed + 1)
+        accuracy[key] = (by_run * seeds).sum(1) / seeds.sum(1)
     plain = {size: values for (critiques, size), values in accuracy.items() if critiques == "none"}
     points = []
     for (critiques, size), values in accuracy.items():
-        low, high = map(float, np.quantile(values[1:], [0.025, 0.975]))
+        low, high = percentile_interval(values[1:])
+        if low is None:
+            low, high = exact_interval(values[0], len(n_in_cluster))
         worth = measure_worth(values, size, plain) if critiques != "none" and len(plain) > 1 else ""
         counts = len(runs[critiques, size]), len(first)
         points.append(Point(test, critiques, size, *counts, float(values[0]), low, high, worth))
@@ -381,7 +400,8 @@ def plot_curve(points: Sequence[Point], path: str) -> None:
         for critiques in dict.fromkeys(point.critiques for point in points if point.test == test):
             those = [p for p in points if (p.test, p.critiques) == (test, critiques)]
             sizes, accuracy = [p.training_pairs for p in those], [p.accuracy for p in those]
-            ends = np.abs(np.transpose([(p.accuracy - p.low, p.high - p.accuracy) for p in those]))
+            ends = [(p.low, p.high) if p.low is not None else (p.accuracy,) * 2 for p in those]
+            ends = np.abs(np.transpose(ends) - accuracy)
             if len(those) > 1:
                 left.errorbar(sizes, accuracy, ends, marker="o", capsize=3, label=critiques)
             right.errorbar([critiques], accuracy[-1:], ends[:, -1:], marker="o", capsize=3)
@@ -484,11 +504,16 @@ def apply_probe(pairs: list[Pair], probe: str, seed: int) -> list[Pair]:
 
 
 def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[Pair]:
-    """Exchanges the critiques of a random share of the responses of each subset at random."""
+    """Exchanges the critiques of a random share of the responses of each subset at random.
+
+    Subsets of less than MIN_SHUFFLED_PAIRS are one.
+    """
     critiques = {(n, s): a.critiques for n, p in enumerate(pairs) for s, a in enumerate(p.answers)}
+    sizes = Counter(pair.subset for pair in pairs)
+    subsets = [p.subset if sizes[p.subset] >= MIN_SHUFFLED_PAIRS else "" for p in pairs]
     rng = np.random.default_rng(seed)
-    for subset in sorted({pair.subset for pair in pairs}):
-        places = [place for place in critiques if pairs[place[0]].subset == subset]
+    for subset in sorted(set(subsets)):
+        places = [place for place in critiques if subsets[place[0]] == subset]
         drawn = rng.permutation(len(places))[: round(share * len(places))]
         moved = [critiques[places[k]] for k in np.roll(drawn, 1)]  # round: none stays in its place
         critiques |= {places[k]: texts for k, texts in zip(drawn, moved)}
@@ -501,34 +526,33 @@ def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[
 def collect_opinions(
     scores: list[PairScore], judges: Sequence[str], probed: dict[str, list[PairScore]]
 ) -> list[Opinions]:
-    """The reward model, also under probes, those that look at length alone, and the judges."""
+    """The reward model, also under probes, those that look at length alone, and the judges.
 
-    def by_margin(scorer: str, those: list[PairScore], margins: list[float]) -> Opinions:
-        values = np.array(margins)
-        return Opinions(scorer, those, (values > 0).astype(float), values == 0)
+    Where a judge has left pairs out, the reward model has another row, on the same pairs.
+    """
+
+    def by(quantity: str, scorer: str, those: list[PairScore]) -> Opinions:
+        chosen, rejected = ([getattr(s, f"{side}_{quantity}") for s in those] for side in rm.SIDES)
+        margins = np.subtract(chosen, rejected)
+        return Opinions(scorer, those, (margins > 0).astype(float), margins == 0)
 
     reviewed = [s for s in scores if s.chosen_critique_words and s.rejected_critique_words]
     opinions = [
-        *(
-            by_margin(name, those, [s.chosen_reward - s.rejected_reward for s in those])
-            for name, those in {"reward model": scores, **probed}.items()
-        ),
-        by_margin(
-            "longer response wins", scores, [s.chosen_words - s.rejected_words for s in scores]
-        ),
-        by_margin(
-            "longer critique wins",
-            reviewed,
-            [s.chosen_critique_words - s.rejected_critique_words for s in reviewed],
-        ),
+        *(by("reward", name, those) for name, those in {"reward model": scores, **probed}.items()),
+        by("words", "longer response wins", scores),
+        by("critique_words", "longer critique wins", reviewed),
     ]
     for path in judges:
-        opinions += read_verdicts(path, scores, len(judges) > 1)
+        for judge in read_verdicts(path, scores, len(judges) > 1):
+            opinions.append(judge)
+            if len(judge.scores) < len(scores):
+                name = f"reward model, pairs of {judge.scorer}"
+                opinions.append(by("reward", name, judge.scores))
     return [opinion for opinion in opinions if opinion.scores]
 
 
 def read_verdicts(
-    path: str, scores: list[PairScore], is_one_of_many: bool = False
+    path: str, scores: Sequence[PairScore | Pair], is_one_of_many: bool = False
 ) -> list[Opinions]:
     """Reads what `generate.py --task judge` wrote; a pair counts if both orders got an answer."""
     by_scorer: dict[str, dict[str, list[bool]]] = {}
@@ -536,21 +560,21 @@ def read_verdicts(
         try:
             answers = [row["verdicts"][order] for order in ("chosen_first", "rejected_first")]
             scorer = "judge with critiques" if row["with_critiques"] else "judge"
-            scorer += f" ({Path(path).stem})" if is_one_of_many else ""
-            pair_id = row["id"]
+            scorer += f" ({path})" if is_one_of_many else ""
+            if None not in answers:
+                verdicts = by_scorer.setdefault(scorer, {})
+                verdicts[row["id"]] = [answer == "chosen" for answer in answers]
         except (KeyError, TypeError):
             raise CritiqueRMError(f"{where}: not a verdict of generate.py --task judge") from None
-        if None not in answers:
-            by_scorer.setdefault(scorer, {})[pair_id] = [a == "chosen" for a in answers]
     opinions = []
     for scorer, verdicts in by_scorer.items():
         judged = [score for score in scores if score.id in verdicts]
-        if not judged:
-            raise CritiqueRMError(f"{path}: no id in it is one of the pairs; judge the same file")
         right = np.array([verdicts[score.id] for score in judged], float).reshape(-1, 2)
         opinions.append(
             Opinions(scorer, judged, right.mean(1), inconsistent=right[:, 0] != right[:, 1])
         )
+    if not any(opinion.scores for opinion in opinions):
+        raise CritiqueRMError(f"{path}: holds no verdict in both orders on these pairs; judge them")
     return opinions
 
 
@@ -728,6 +752,8 @@ def to_html(
 def evaluate_pairs(args: argparse.Namespace) -> int:
     """Scores the pairs of --data, also under probes, and prints the tables."""
     pairs = rm.read_pairs(args.data, args.skip_bad, args.critiques)
+    for path in args.judge:  # before hours of scoring
+        read_verdicts(path, pairs)
     model, encoder = load(args)
     if args.probe and not encoder.use_critiques:
         raise CritiqueRMError(f"{args.run}: reads no critiques; --probe needs a model that does")
@@ -744,7 +770,7 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
     for probe in dict.fromkeys(args.probe):
         encoder.use_critiques = probe != "response-only"
         changed = apply_probe([e.pair for e in encoded], probe, args.seed)
-        changed = encoder.encode_pairs(changed, f"{args.data}, {probe}")
+        changed = encoder.encode_pairs(changed, f"{args.data}, {probe}", keep_equal=True)
         probed[f"reward model, {probe}"] = rm.score_pairs(model, changed, args.micro_batch_tokens)
     if dist.get_rank() != 0:
         return 0
@@ -808,7 +834,7 @@ def read_scores(path: str) -> list[PairScore]:
 
 def score_single(args: argparse.Namespace) -> int:
     """Prints a reward for each answer of --score; null for one that cannot be scored."""
-    answers = rm.read_answers(args.score)
+    answers = rm.read_answers(args.score, args.skip_bad)
     model, encoder = load(args)
     rewards = rm.score_answers(model, encoder, answers, args.micro_batch_tokens)
     n_missing = rewards.count(None)

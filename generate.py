@@ -44,7 +44,7 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
 from critique_rm import Answer, CritiqueRMError, Message, Pair
-from critique_rm import digest, read_pairs, replace_file, say, sync_folder
+from critique_rm import digest, positive_int, read_pairs, replace_file, say, sync_folder
 
 INSTRUCTIONS = {
     "critique": """\
@@ -129,12 +129,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--prompt-file is empty")
     args.instruction = args.prompt_file or INSTRUCTIONS[args.task]
     return args
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def read_text(path: str) -> str:

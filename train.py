@@ -46,7 +46,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import critique_rm as rm
-from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore, say
+from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore
+from critique_rm import natural, positive_int, say
 
 Tests = dict[str, list[EncodedPair]]  # by file
 
@@ -108,16 +109,6 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
         args.test = [] if args.train else [str(DATA / "test.jsonl")]
     args.train = args.train or str(DATA / "train.jsonl")
     return args
-
-
-def natural(text: str, least: int = 0) -> int:
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is below {least}")
-    return int(text)
-
-
-def positive_int(text: str) -> int:
-    return natural(text, least=1)
 
 
 def positive_float(text: str) -> float:
@@ -778,7 +769,8 @@ def run(args: Namespace) -> dict:
     before = rm.score_pairs(model, sample, args.micro_batch_tokens)
     del model
     check_saved(folder, sample, before, args)
-    description |= {"results": results, "summary": (summary := summarize(folder, results))}
+    description |= {"training_pairs": len(chosen), "results": results}
+    description |= {"summary": (summary := summarize(folder, results))}
 
     def conclude() -> None:
         rm.replace_file(path, json.dumps(description, indent=2) + "\n")

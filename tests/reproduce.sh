@@ -40,6 +40,10 @@ evaluate() { # NAME ARGUMENTS...
     cat "$out/$1.md"
 }
 
+compare() { # TEST RUN: with against without critiques, by subset
+    evaluate "compare-$1-$2" --compare "$out"/{critiques,none}-"$2/scores-$1.jsonl"
+}
+
 shuffle() { # OUT SHARE SEED: the critiques of that share of the responses are exchanged, in all files
     PYTHONPATH=$here python - "$@" "$train" "${tests[@]}" 2>> "$out/log" <<'PYTHON'
 import json, sys
@@ -66,7 +70,7 @@ for seed in $seeds; do
     train "none-$seed" --seed "$seed" --no-critiques
     for k in "${!tests[@]}"; do
         name=${stems[k]}
-        evaluate "compare-$name-$seed" --compare "$out"/{critiques,none}-"$seed/scores-$name.jsonl"
+        compare "$name" "$seed"
         evaluate "probes-$name-$seed" "$out/critiques-$seed" --data "${tests[k]}" "${probes[@]}"
         evaluate "plain-$name-$seed" "$out/none-$seed" --data "${tests[k]}"
     done
@@ -74,6 +78,7 @@ for seed in $seeds; do
         if ((size >= n_pairs)); then continue; fi
         train "critiques-$seed-$size" --seed "$seed" --max-pairs "$size"
         train "none-$seed-$size" --seed "$seed" --max-pairs "$size" --no-critiques
+        for name in "${stems[@]}"; do compare "$name" "$seed-$size"; done
     done
     for share in 0.25 0.50 0.75 1.00; do
         critic=$out/critics/$seed/shuffled_$share.jsonl

@@ -154,11 +154,19 @@ def test_critiques_come_from_another_file_by_id(tmp_path):
     a, b = read_pairs(pairs, critiques=other)
     assert (a.id, a.chosen_critiques, a.rejected_critiques) == ("a", (), ("x", "y"))
     assert (b.id, b.chosen_critiques, b.rejected_critiques) == ("b", (), ())
-    changed = write(tmp_path / "changed", PLAIN | {"chosen": "another"})
-    with pytest.raises(CritiqueRMError, match="changed: 'a' is of another chosen than in .*pairs"):
-        read_pairs(pairs, critiques=changed)
-    with pytest.raises(CritiqueRMError, match="no id in it is one of .*pairs; run generate.py"):
-        read_pairs(pairs, critiques=write(tmp_path / "none", PLAIN | {"id": "z"}))
+    for other in PLAIN | {"id": "z"}, PLAIN | {"chosen": "another"}:
+        with pytest.raises(CritiqueRMError, match="no pair in it is one of .*pairs; it must hold"):
+            read_pairs(pairs, critiques=write(tmp_path / "other", other))
+
+
+def test_one_file_of_critiques_serves_data_sets_that_use_the_same_ids(tmp_path):
+    rows = [PLAIN, PLAIN | {"prompt": "another"}]
+    files = [write(tmp_path / str(n), row) for n, row in enumerate(rows)]
+    both = [row | {"chosen_critique": row["prompt"]} for row in rows]
+    joint = write(tmp_path / "joint", *both)
+    for file, row in zip(files, rows):
+        (pair,) = read_pairs(file, critiques=joint)
+        assert pair.chosen_critiques == (row["prompt"],)
 
 
 def test_missing_ids_come_from_the_content_and_repeats_are_numbered(tmp_path, capsys):
