@@ -4,8 +4,8 @@
 #   tests/reproduce.sh OUT                           the embedded data, the tiny model: an hour
 #   tests/reproduce.sh OUT MODEL TRAIN TEST...       another model on other pairs: many hours
 #
-# SEEDS="0 1 2", SIZES="32 64 128 256 512" and TRAIN_FLAGS="--lr 2e-5" may be set. OUT gets a folder
-# for each run, a file for each table, and `provenance`: commands, commit, machine, times.
+# SEEDS="0 1 2", SIZES="32 64 128 256 512" and TRAIN_FLAGS="--lr 5e-5 --batch-pairs 4" may be set. OUT
+# gets a folder for each run, a file for each table, and `provenance`: commands, commit, machine, times.
 set -Eeuo pipefail
 here=$(dirname "$(dirname "$(realpath "$0")")")
 data=$here/data
