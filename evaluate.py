@@ -306,7 +306,8 @@ def read_curve(folders: Sequence[str]) -> dict[str, Runs]:
             key = "none" if arguments["no_critiques"] else critiques, record["training_pairs"]
             seed = arguments["seed"]
         except (OSError, ValueError, LookupError, TypeError):
-            raise CritiqueRMError(f"{folder}: not a finished run of train.py") from None
+            problem = "not a finished run, or one of an older train.py; run it again"
+            raise CritiqueRMError(f"{folder}: {problem}") from None
         if settings != (common := common or settings):
             raise CritiqueRMError(f"{folder}: trained with {settings}, the first with {common}")
         for path in sorted(folder.glob("scores-*.jsonl")):

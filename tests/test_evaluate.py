@@ -306,6 +306,10 @@ def test_a_curve_reads_what_train_leaves(finished, capsys, tmp_path):
     with pytest.raises(CritiqueRMError, match="copy: another run has its seed, pairs and critiques"):
         evaluate.draw_curve(arguments)
     record = json.loads((folder / "run.json").read_text())
+    older = {name: value for name, value in record.items() if name != "training_pairs"}
+    (copy / "run.json").write_text(json.dumps(older))
+    with pytest.raises(CritiqueRMError, match="copy: not a finished run, or one of an older"):
+        evaluate.draw_curve(arguments)
     record["arguments"]["seed"] = 1
     (copy / "run.json").write_text(json.dumps(record))
     assert evaluate.draw_curve(arguments) == 0
