@@ -838,6 +838,9 @@ def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.
         if device.index >= torch.cuda.device_count():
             raise OSError(f"only {torch.cuda.device_count()} GPUs here; lower --nproc-per-node")
         torch.cuda.set_device(device)
+        # cuDNN's attention compiles for every new shape, and each micro-batch has another: it made
+        # an H100 as slow as two cores (measured here; see also modelscope/FunASR#3704)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     elif hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc would put weights, as they are gathered, between activations, and find no use for
         # the holes they leave: two processes of a 135M model took 3.9 GB each, and take 2.6 GB

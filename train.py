@@ -206,6 +206,7 @@ def describe(args: Namespace, data: dict[str, list[Pair]], encoder: Encoder) -> 
         "template": rm.digest(encoder.tokenizer.chat_template, rm.SEPARATOR),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "processes": dist.get_world_size(),
     }
 

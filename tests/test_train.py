@@ -20,7 +20,7 @@ from transformers import LlamaForSequenceClassification, pipeline
 
 import critique_rm as rm
 import train
-from conftest import run_script, start_script
+from conftest import VISIBLE_GPUS, run_script, start_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -88,6 +88,28 @@ def test_accuracy_in_the_summary_is_that_of_the_scores(finished):
     assert scores[0]["id"] == pair.id
     assert scores[0]["chosen_words"] == len(pair.chosen.split())
     assert scores[0]["rejected_critique_words"] == len(pair.rejected_critiques[0].split())
+
+
+@pytest.mark.skipif(not list(Path("/dev").glob("nvidia[0-9]*")), reason="needs a GPU")
+def test_gpu_computes_in_bf16_what_the_cpu_does_in_fp32(
+    finished, small, test_file, tmp_path, monkeypatch
+):
+    """Losses of the same steps, and the rewards of one model, differ by rounding, but do differ."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if VISIBLE_GPUS is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE_GPUS)
+    folder, scores = tmp_path / "run", tmp_path / "scores.jsonl"
+    code, _, err = run_script("train.py", *small, "--out", folder)
+    assert code == 0, err
+    code, _, err = run_script("evaluate.py", finished[0], "--data", test_file, "--scores", scores)
+    assert code == 0, err
+    losses = [[row["loss"] for row in read_lines(f / "metrics.jsonl")] for f in (finished[0], folder)]
+    files = finished[0] / "scores-test.jsonl", scores
+    rewards = [[row["chosen_reward"] for row in read_lines(file)] for file in files]
+    for cpu, gpu in (losses, rewards):
+        assert 0 < np.abs(np.subtract(cpu, gpu)).max() < 0.05
+    devices = [json.loads((f / "run.json").read_text())["device"] for f in (finished[0], folder)]
+    assert devices[0] != devices[1]
 
 
 def test_run_is_a_plain_hugging_face_folder(finished):
