@@ -1,4 +1,5 @@
-"""Speed and memory of training and scoring beside TRL and transformers, on the machine at hand.
+"""Speed and memory of training and scoring beside TRL and transformers, on the machine at hand:
+fp32 on CPUs, bf16 with fp32 weights on a GPU.
 
     python tests/bench_speed.py --model DIR --pairs A --plain-pairs B --test C [--trl PYTHON]
     python tests/bench_speed.py            # the tiny model on some embedded pairs: does it all run?
@@ -19,12 +20,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-BATCH_PAIRS, MICRO_PAIRS, PIPELINE_BATCH, N_CRITIQUES = 8, 4, 8, 4
+BATCH_PAIRS, PIPELINE_BATCH, N_CRITIQUES = 8, 8, 4
 
 
 def main() -> None:
@@ -34,6 +37,8 @@ def main() -> None:
     parser.add_argument("--plain-pairs", default=ROOT / "data/test.jsonl", help="without critiques")
     parser.add_argument("--test", default=ROOT / "data/test.jsonl", help="to score")
     parser.add_argument("--trl", metavar="PYTHON", help="left out: without TRL")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of our training")
+    parser.add_argument("--micro-pairs", type=int, default=4, help="of TRL's")
     parser.add_argument("--halves", type=int, default=2, choices=(1, 2), help="of each file to use")
     parser.add_argument("--run", help="a finished run: its scoring alone is measured")
     args = parser.parse_args()
@@ -46,17 +51,21 @@ def main() -> None:
 
 
 def compare_training(args: argparse.Namespace, folder: Path) -> None:
-    for name, file, flags in (
+    for name, file, how in (
         ("with critiques", args.pairs, []),
         ("without", args.plain_pairs, ["--no-critiques"]),
     ):
+        flags = ["--micro-batch-tokens", args.micro_batch_tokens, *how]
+
         def train_here(part: Path, n_processes: int = 1) -> dict:
             return train(args.model, part, flags, part.with_suffix(f".{n_processes}"), n_processes)
 
         sides = {"ours": train_here}
         if args.trl:
-            sides["trl"] = lambda part: call(args.trl, "train_with_trl", args.model, part)
-        if not flags:
+            sides["trl"] = lambda part: call(
+                args.trl, "train_with_trl", args.model, part, args.micro_pairs
+            )
+        if not how and device().type == "cpu":
             sides["two"] = lambda part: train_here(part, 2)
         found = alternate(sides, split(file, folder, name.partition(" ")[0])[: args.n_parts])
         ours, trl, two = (found.get(side) for side in ("ours", "trl", "two"))
@@ -136,17 +145,21 @@ def split(file: Path, folder: Path, name: str, n_critiques: int = 1) -> list[Pat
 # The sides
 
 
-def train(model: str, part: Path, flags: Iterable[str], out: Path, n_processes: int) -> dict:
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(model: str, part: Path, flags: list, out: Path, n_processes: int) -> dict:
     """train.py as its users call it, between two measurements of what the machine can do."""
     launcher = [sys.executable]
     if n_processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
     command = [*launcher, "train.py", "--model", model, "--train", part, "--out", out, *flags]
     command += ["--batch-pairs", BATCH_PAIRS, "--epochs", 1]
-    shape = (576, 1536)  # of the first model this was measured with; others differ little
-    before = matrix_product_rate(*shape)
+    n_rows = flags[flags.index("--micro-batch-tokens") + 1]
+    before = matrix_product_rate(model, n_rows)
     done = subprocess.run(list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    after = matrix_product_rate(*shape)
+    after = matrix_product_rate(model, n_rows)
     if done.returncode:
         raise SystemExit(done.returncode)
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -163,14 +176,22 @@ def train(model: str, part: Path, flags: Iterable[str], out: Path, n_processes: 
     }
 
 
-def matrix_product_rate(n_in: int, n_out: int, n_rows: int = 2048, seconds: float = 1.0) -> float:
-    """FLOP/s of fp32 matrix products of the size of a micro-batch."""
-    import torch
+def matrix_product_rate(model: str, n_rows: int, seconds: float = 1.0) -> float:
+    """FLOP/s of the largest matrix product of a block, for a micro-batch."""
+    import critique_rm as rm
 
-    x, weight, n, start = torch.randn(n_rows, n_in), torch.randn(n_out, n_in), 0, time.perf_counter()
+    n_in, n_out = 128, 384
+    if model != "tiny":
+        config = rm.load_config(model)
+        n_in, n_out = config.hidden_size, config.intermediate_size
+    kind = {"device": device(), "dtype": rm.compute_dtype(device())}
+    x, weight, n = torch.randn(n_rows, n_in, **kind), torch.randn(n_out, n_in, **kind), 0
+    start = time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
-        torch.nn.functional.linear(x, weight)
-        n += 1
+        for _ in range(20):
+            product = torch.nn.functional.linear(x, weight)
+        product[0, 0].item()  # waits for all of them
+        n += 20
     return 2 * n_rows * n_in * n_out * n / passed
 
 
@@ -180,7 +201,6 @@ def useful_flop(run: Path, part: Path) -> float:
     Forward 2 for each weight but the embedding's, and 4 for each head dimension, token and token
     that it sees; backward twice that.
     """
-    import torch
     from transformers import AutoModelForSequenceClassification
 
     import critique_rm as rm
@@ -210,8 +230,8 @@ def call(python: str, function: str, *arguments: object) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def train_with_trl(model: str, file: str) -> dict:
-    """TRL's RewardTrainer on the same pairs in steps of the same size, in fp32 on the CPU."""
+def train_with_trl(model: str, file: str, micro_pairs: str) -> dict:
+    """TRL's RewardTrainer on the same pairs in steps of the same size."""
     import resource
 
     from datasets import Dataset
@@ -230,13 +250,13 @@ def train_with_trl(model: str, file: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         config = RewardConfig(
             output_dir=folder,
-            per_device_train_batch_size=MICRO_PAIRS,
-            gradient_accumulation_steps=BATCH_PAIRS // MICRO_PAIRS,
+            per_device_train_batch_size=int(micro_pairs),
+            gradient_accumulation_steps=BATCH_PAIRS // int(micro_pairs),
             num_train_epochs=1,
             learning_rate=1e-5,
             max_length=2048,
-            bf16=False,
-            use_cpu=True,
+            bf16=device().type == "cuda",
+            use_cpu=device().type == "cpu",
             gradient_checkpointing=False,
             dataloader_pin_memory=False,
             save_strategy="no",
@@ -253,6 +273,8 @@ def train_with_trl(model: str, file: str) -> dict:
         trainer.train()
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device().type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
     return {"pairs": len(trainer.train_dataset), "seconds": seconds, "peak_gb": peak}
 
 
@@ -273,7 +295,6 @@ def score(run: str, file: str, how: str) -> dict:
 
 def score_with_pipeline(run: str, file: str) -> dict:
     """The text-classification pipeline of transformers on the same text, in the order of the file."""
-    import torch
     from transformers import pipeline
 
     import critique_rm as rm
@@ -284,7 +305,8 @@ def score_with_pipeline(run: str, file: str) -> dict:
         for answer in pair.answers:
             text = answer.response + rm.SEPARATOR + answer.critiques[0]
             texts.append(encoder.render([*pair.prompt, rm.Message("assistant", text)]))
-    scorer = pipeline("text-classification", run, device="cpu")
+    kind = {"device": device(), "dtype": rm.compute_dtype(device())}
+    scorer = pipeline("text-classification", run, **kind)
     start = time.perf_counter()
     with torch.no_grad():
         results = scorer(texts, batch_size=PIPELINE_BATCH, add_special_tokens=False)
