@@ -408,7 +408,7 @@ def plot_curve(points: Sequence[Point], path: str) -> None:
             right.errorbar([critiques], accuracy[-1:], ends[:, -1:], marker="o", capsize=3)
         left.set(xscale="log", xlabel="training pairs", ylabel=f"accuracy on {test}")
         sizes = sorted({point.training_pairs for point in points if point.test == test})
-        left.set_xticks(sizes, map(str, sizes))
+        left.set_xticks(sizes, map(str, sizes), rotation=20)
         left.minorticks_off()
         left.legend(title="critiques")
         right.set(xlabel="critiques, at the most training pairs")

@@ -587,6 +587,15 @@ def test_packing_a_few_tries_by_hand(share, expected):
     assert [[[len(trie) for trie in row] for row in rows] for rows in packed] == expected
 
 
+@pytest.mark.parametrize("on_gpu, n_rows", [(False, [1, 10]), (True, [11])])
+def test_on_a_gpu_padding_is_cheaper_than_another_micro_batch(on_gpu, n_rows, monkeypatch):
+    """By hand: a row of 100 and ten of 60 are (100 + 2000 / 32) / 100 = 1.63 a token for the first
+    alone and (1,100 + 62.5) / 700 = 1.66 together; with 2,048 for each, 21 and 4.5."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    packed = rm.pack([[chain(n)] for n in (100, *[60] * 10)], 2000, share=False)
+    assert [len(rows) for rows in packed] == n_rows
+
+
 @pytest.mark.parametrize("share, n_tries, most_wasted", [(True, 1, 0.08), (False, 2, 0.28)])
 @pytest.mark.parametrize("n_ranks", [1, 3])
 def test_every_unit_is_packed_once_within_the_budget(n_ranks, share, n_tries, most_wasted):
