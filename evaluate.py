@@ -283,7 +283,8 @@ class Point:
     accuracy: float
     low: float | None  # ends of the 95 % interval
     high: float | None
-    worth_in_plain_pairs: str = ""  # of one pair with critiques, with its 95 % interval
+    more_than_none: str = ""  # accuracy, after as many pairs; both with their 95 % interval
+    worth_in_plain_pairs: str = ""  # of one pair with critiques
 
 
 Runs = dict[tuple[str, int], dict[int, list[PairScore]]]
@@ -319,9 +320,10 @@ def read_curve(folders: Sequence[str]) -> dict[str, Runs]:
 
 
 def measure_curve(test: str, runs: Runs, seed: int) -> list[Point]:
-    """The points of all curves on one test file, and the worth of a pair with critiques.
+    """The points of all curves on one test file, and what critiques add and are worth.
 
-    Prompts and seeds are resampled, for all runs alike: the interval of the worth is a paired one.
+    Prompts and seeds are resampled, for all runs with the same seeds alike, so that the intervals
+    of a difference and of the worth are paired ones.
     Of n seeds n - 1 are drawn, which makes the variance of their mean the unbiased one (McCarthy &
     Snowden 1985); with n drawn, three seeds would look a third less different than they are.
     """
@@ -350,25 +352,35 @@ def measure_curve(test: str, runs: Runs, seed: int) -> list[Point]:
         by_run = prompts @ np.transpose(n_right) / (prompts @ n_in_cluster)[:, None]
         seeds = draw(len(right), max(1, len(right) - 1), seed + 1)
         accuracy[key] = (by_run * seeds).sum(1) / seeds.sum(1)
+    if any(len(by_seed) == 1 for by_seed in runs.values()):
+        say(f"{test}: the interval of a single seed is over prompts alone; seeds differ, run more")
     plain = {size: values for (critiques, size), values in accuracy.items() if critiques == "none"}
     points = []
     for (critiques, size), values in accuracy.items():
         low, high = percentile_interval(values[1:])
         if low is None:
             low, high = exact_interval(values[0], len(n_in_cluster))
-        worth = measure_worth(values, size, plain) if critiques != "none" and len(plain) > 1 else ""
+        more = worth = ""
+        if critiques != "none" and size in plain:
+            more = "{:+.3f} ({:+.3f} to {:+.3f})".format(*middle(values - plain[size]))
+        if critiques != "none" and len(plain) > 1:
+            worth = measure_worth(values, size, plain)
         counts = len(runs[critiques, size]), len(first)
-        points.append(Point(test, critiques, size, *counts, float(values[0]), low, high, worth))
+        points.append(Point(test, critiques, size, *counts, float(values[0]), low, high, more, worth))
     return points
+
+
+def middle(values: np.ndarray, **how: str) -> tuple[float, float, float]:
+    """The first value, which is that of the data, and the middle 95 % of the resamples'."""
+    return values[0], *np.quantile(values[1:], [0.025, 0.975], **how)
 
 
 def measure_worth(values: np.ndarray, n_pairs: int, plain: dict[int, np.ndarray]) -> str:
     """How many plain pairs give the accuracy of `n_pairs` with critiques, over `n_pairs`."""
     sizes, curves = list(plain), np.stack(list(plain.values()), 1)  # (1 + N_RESAMPLES, points)
     found = [equal_pairs(value, sizes, curve) / n_pairs for value, curve in zip(values, curves)]
-    ends = np.quantile(found[1:], [0.025, 0.975], method="nearest")
     limits = sizes[0] / n_pairs, sizes[-1] / n_pairs
-    return "{} ({} to {})".format(*(show_worth(x, *limits) for x in (found[0], *ends)))
+    return "{} ({} to {})".format(*(show_worth(x, *limits) for x in middle(found, method="nearest")))
 
 
 def equal_pairs(accuracy: float, sizes: Sequence[int], curve: np.ndarray) -> float:
@@ -408,7 +420,7 @@ def plot_curve(points: Sequence[Point], path: str) -> None:
             right.errorbar([critiques], accuracy[-1:], ends[:, -1:], marker="o", capsize=3)
         left.set(xscale="log", xlabel="training pairs", ylabel=f"accuracy on {test}")
         sizes = sorted({point.training_pairs for point in points if point.test == test})
-        left.set_xticks(sizes, map(str, sizes), rotation=20)
+        left.set_xticks(sizes, map(str, sizes), rotation=90)
         left.minorticks_off()
         left.legend(title="critiques")
         right.set(xlabel="critiques, at the most training pairs")

@@ -269,17 +269,30 @@ def test_a_curve_by_hand(capsys, tmp_path):
         ("none", 1000): {0: [*right(30), score(40, 1.0)]},
     }
     points = evaluate.measure_curve("t", runs, seed=0)
-    assert "t: 1 pairs are left out" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "t: 1 pairs are left out" in err and "t: the interval of a single seed" in err
     assert [p.accuracy for p in points] == pytest.approx([0.5, 0.75, 0.625, 0.975])
     assert [p.seeds for p in points] == [1, 1, 2, 1]
     worth = [p.worth_in_plain_pairs for p in points]
     assert worth[0] == "" and worth[2].startswith("10 (")  # 10**2 pairs over 10
     assert worth[3] == "more than 1 (more than 1 to more than 1)"
     assert points[0].low < 0.5 < points[0].high
+    assert [p.more_than_none[:6] for p in points] == ["", "", "+0.125", "+0.225"]
     assert "| t | weak | 10 | 2 | 40 | 0.6250 |" in evaluate.to_markdown(points)
     if evaluate.load_pyplot():
         evaluate.plot_curve(points, str(tmp_path / "curve.png"))
         assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_difference_of_two_curves_is_paired():
+    """Of 40 pairs one is right with critiques only: drawn 0 to 3 times in the middle 95 %."""
+
+    def right(n_right: int) -> list[PairScore]:
+        return [score(n, 1.0 if n < n_right else -1.0) for n in range(40)]
+
+    runs = {("a", 9): {0: right(9), 1: right(31)}, ("none", 9): {0: right(8), 1: right(30)}}
+    _, point = evaluate.measure_curve("t", runs, seed=0)
+    assert point.more_than_none == "+0.025 (+0.000 to +0.075)"
 
 
 def test_the_interval_of_a_curve_holds_the_luck_of_seeds():

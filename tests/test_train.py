@@ -90,7 +90,9 @@ def test_accuracy_in_the_summary_is_that_of_the_scores(finished):
     assert scores[0]["rejected_critique_words"] == len(pair.rejected_critiques[0].split())
 
 
-@pytest.mark.skipif(not list(Path("/dev").glob("nvidia[0-9]*")), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.version.cuda or not list(Path("/dev").glob("nvidia[0-9]*")), reason="needs a GPU"
+)
 def test_gpu_computes_in_bf16_what_the_cpu_does_in_fp32(
     finished, small, test_file, tmp_path, monkeypatch
 ):
