@@ -295,22 +295,22 @@ def test_resume_names_what_differs():
 # Interrupted equals uninterrupted; two processes equal one
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(finished, small, tmp_path, number):
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(finished, small, tmp_path):
     folder = tmp_path / "run"
-    command = [*small, "--out", folder, "--save-every-steps", "2", "--eval-every-steps", "1"]
-    process = start_script("train.py", *command)
-    for line in process.stderr:
-        if "step 3:" in line:
-            process.send_signal(number)
-            break
-    _, err = process.communicate()
-    if number == signal.SIGTERM:
-        assert process.returncode == 1
-        assert f"--out {folder} --resume" in err.splitlines()[-1]
-        assert "Traceback" not in err
-    assert len(read_lines(folder / "metrics.jsonl")) < 6
-    code, _, err = run_script("train.py", *command, "--resume")
+    command = [*small, "--out", folder, "--save-every-steps", "2", "--eval-every-steps", "1", "--resume"]
+    for number, step in ((signal.SIGTERM, "step 1:"), (signal.SIGKILL, "step 3:")):
+        process = start_script("train.py", *command)
+        for line in process.stderr:
+            if step in line:
+                process.send_signal(number)
+                break
+        _, err = process.communicate()
+        if number == signal.SIGTERM:
+            assert process.returncode == 1
+            assert f"--out {folder} --resume" in err.splitlines()[-1]
+            assert "Traceback" not in err
+        assert len(read_lines(folder / "metrics.jsonl")) < 6
+    code, _, err = run_script("train.py", *command)
     assert code == 0, err
     expected = weights(finished[0])
     assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
