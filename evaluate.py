@@ -865,6 +865,7 @@ def score_single(args: argparse.Namespace) -> int:
 
 
 def load(args: argparse.Namespace):
+    """The model of RUN and its encoder, as the arguments say."""
     return rm.load_reward_model(
         args.run, False if args.no_critiques else None, args.max_length_tokens
     )

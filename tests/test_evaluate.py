@@ -442,7 +442,7 @@ def test_single_answers_get_the_reward_they_have_in_a_pair(finished, tmp_path, m
     assert json.loads(captured.out) == first and "1 bad records skipped" in captured.err
 
 
-def test_a_folder_without_a_head_is_refused_in_one_line(finished, tmp_path):
+def test_a_folder_without_a_head_is_refused_in_one_line(finished, tmp_path, monkeypatch, capsys):
     folder, _, _ = finished
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         (tmp_path / name).write_text((folder / name).read_text())
@@ -450,7 +450,9 @@ def test_a_folder_without_a_head_is_refused_in_one_line(finished, tmp_path):
 
     stored = load_file(next(folder.glob("*.safetensors")))
     save_file({k: v for k, v in stored.items() if k != "score.weight"}, tmp_path / "model.safetensors")
-    code, out, err = run_script("evaluate.py", tmp_path, "--data", ROOT / "data" / "test.jsonl")
+    data = str(ROOT / "data" / "test.jsonl")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), "--data", data])
+    code, (out, err) = evaluate.main(), capsys.readouterr()
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith(f"evaluate.py: {tmp_path}: 1 weights are not in")
-    assert "it has no reward head" in err and "Traceback" not in err
+    assert "it has no reward head" in err
