@@ -587,6 +587,23 @@ def test_packing_a_few_tries_by_hand(share, expected):
     assert [[[len(trie) for trie in row] for row in rows] for rows in packed] == expected
 
 
+def test_on_a_gpu_attention_does_not_compile_for_each_shape(mesh, monkeypatch):
+    """As far as that can be seen without a GPU: cuDNN, which does, is off, and GPUs are counted."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(rm.dist, "init_device_mesh", lambda kind, shape: (kind, shape))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert rm.start_processes() == (torch.device("cuda", 0), ("cuda", (1,)))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(OSError, match="only 1 GPUs here; lower --nproc-per-node"):
+        rm.start_processes()
+
+
 @pytest.mark.parametrize("on_gpu, n_rows", [(False, [1, 10]), (True, [11])])
 def test_on_a_gpu_padding_is_cheaper_than_another_micro_batch(on_gpu, n_rows, monkeypatch):
     """By hand: a row of 100 and ten of 60 are (100 + 2000 / 32) / 100 = 1.63 a token for the first
