@@ -12,6 +12,7 @@ Shapes: B pairs, S sequences, R rows, T tokens in a row, H hidden size.
 
 import argparse
 import ctypes
+import difflib
 import gzip
 import hashlib
 import io
@@ -20,28 +21,27 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 import sys
+import tempfile
+import traceback
 import warnings
 import zlib
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from tokenizers import Tokenizer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -62,13 +62,16 @@ def explain(problem: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turns errors of other packages into a CritiqueRMError that adds what they say."""
     try:
         yield
+    except CritiqueRMError:
+        raise
     except kinds as error:
-        raise CritiqueRMError(f"{problem} ({_first_line(error)})") from None
+        raise CritiqueRMError(f"{problem} ({_first_line(error)})") from error
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).partition("; use sys.")[0]  # there Python advises its programmers
-    return next(iter(text.splitlines()), type(error).__name__)
+    text = str(error).partition("; use sys.")[0].strip()  # what follows advises programmers
+    line = next(iter(text.splitlines()), type(error).__name__)
+    return line if len(line) <= 300 else line[:297] + "..."
 
 
 def say(message: str) -> None:
@@ -78,10 +81,12 @@ def say(message: str) -> None:
 
 
 def say_error(script: str, error: BaseException) -> None:
-    """Writes an error as one line to stderr.
+    """Writes an error as one line to stderr; with CRITIQUE_RM_DEBUG set, its traceback before it.
 
     Ours once on each machine, since its ranks meet the same ones; others may be of one rank alone.
     """
+    if os.environ.get("CRITIQUE_RM_DEBUG"):
+        traceback.print_exception(error)
     rank = "" if os.environ.get("LOCAL_RANK", "0") == "0" else f"rank {os.environ['RANK']}: "
     if not rank or not isinstance(error, CritiqueRMError):
         print(f"{script}: {rank}{_first_line(error)}", file=sys.stderr, flush=True)
@@ -103,8 +108,30 @@ def positive_int(text: str) -> int:
 
 
 class Message(NamedTuple):
+    """One turn of a conversation.
+
+    `more` is what it says beside its content (tool calls, reasoning, a name), as a JSON object, or
+    empty. A prompt may begin with a message of role "tools": the functions that could be called.
+    """
+
     role: str
     content: str
+    more: str = ""
+
+    @property
+    def text(self) -> str:
+        """All of it, for a person or a critic."""
+        return "\n".join(filter(None, (self.content, self.more)))
+
+    def to_dict(self) -> dict:
+        """As chat templates and our files have it."""
+        return {"role": self.role, "content": self.content} | json.loads(self.more or "{}")
+
+    def without(self, name: str) -> "Message":
+        """The message without a field of `more`."""
+        more = json.loads(self.more or "{}")
+        more.pop(name, None)
+        return self._replace(more=to_json(more) if more else "")
 
 
 @dataclass(frozen=True)
@@ -115,11 +142,20 @@ class Answer:
     response: str
     critiques: tuple[str, ...] = ()
     id: str = ""
+    more: str = ""  # as in a Message
+    where: str = field(default="", compare=False)  # file and line, for messages
+
+    @property
+    def message(self) -> Message:
+        return Message("assistant", self.response, self.more)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference: `chosen` was judged better than `rejected`, by at least `margin`."""
+    """One preference: `chosen` was judged better than `rejected`, by at least `margin`.
+
+    Pairs of one `group` compare responses of one record that lists several.
+    """
 
     id: str
     prompt: tuple[Message, ...]
@@ -129,88 +165,229 @@ class Pair:
     rejected_critiques: tuple[str, ...] = ()
     subset: str = ""
     margin: float = 0.0
+    group: str = ""
+    chosen_more: str = ""  # as in a Message
+    rejected_more: str = ""
+    where: str = field(default="", compare=False)  # file and line, for messages
 
     @property
     def answers(self) -> tuple[Answer, Answer]:
         """Chosen and rejected, each on its own: what a critic or the model may see at a time."""
         return (
-            Answer(self.prompt, self.chosen, self.chosen_critiques),
-            Answer(self.prompt, self.rejected, self.rejected_critiques),
+            Answer(self.prompt, self.chosen, self.chosen_critiques, more=self.chosen_more),
+            Answer(self.prompt, self.rejected, self.rejected_critiques, more=self.rejected_more),
         )
 
 
 SIDES = ("chosen", "rejected")
 ROLES = ("system", "developer", "user", "assistant", "tool")  # templates print them: no free text
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+MESSAGE_FIELDS = (  # what a message may say beside role and content; the chat template knows them
+    *("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"),
+)
+EMPTY = (None, "", [], {})  # a field with nothing in it is no field
 MAX_LINE_BYTES = 16 * 2**20
+CRITIQUE_FIELDS = ("chosen_critique", "rejected_critique", "chosen_feedback", "rejected_feedback")
+PROMPT_FIELDS = (  # where a prompt may stand: text, or a list of messages
+    *("prompt", "instruction", "input", "question", "query", "context", "conversations", "messages"),
+)
+ONLY_MESSAGES = ("context", "conversations", "messages")  # as text they may be half of a prompt
+READ_FIELDS = (
+    *("id", "subset", "margin", "system", "history", "tools", *SIDES, "response"),
+    *("critique", *CRITIQUE_FIELDS, *PROMPT_FIELDS),
+)
 CRITIQUES_MISSING = "run generate.py on it first, or pass --no-critiques"
+# Fields that public data sets have and that say nothing about which response is better, or say it
+# again. All others that are not read are named on stderr.
+UNUSED_FIELDS = frozenset(
+    """
+    agreement category cmp_key created dataset domain index individual_preference judge lang language
+    length messages_id metadata additional_metadata meta model models motivation_app num_correct
+    num_incorrect original_id original_chosen original_rejected preference_strength prompt_id
+    chosen_model rejected_model response_model source split task task_id timestamp total_completions
+    turn turns url chosen_rating rejected_rating chosen_score rejected_score score_chosen
+    score_rejected weight
+    """.split()
+)
+
+
+class Notes:
+    """What is to be said of a file once it is read."""
+
+    def __init__(self) -> None:
+        self.sentences: Counter[str] = Counter()  # "{n}" stands for how often
+        self.ignored: Counter[str] = Counter()  # fields by name
+        self.made_ids: Counter[str] = Counter()
+
+    def say(self, source: str) -> None:
+        for sentence, n in self.sentences.items():
+            say(f"{source}: {sentence.format(n=n)}")
+        found = []
+        for name, n in self.ignored.most_common(20):
+            meant = difflib.get_close_matches(name, READ_FIELDS, 1, 0.85)
+            hint = f"; is {meant[0]!r} meant?" if meant else ""
+            found.append(f"{_shorten(name)} ({n} records{hint})")
+        if found:
+            say(f"{source}: ignored: {', '.join(found)}")
+
+
+class Record:
+    """A JSON object that knows which of its fields were read, so that none is lost unsaid."""
+
+    def __init__(self, where: str, fields: dict, notes: Notes) -> None:
+        self.where, self.fields, self.notes = where, fields, notes
+        self.unread = {name for name, value in fields.items() if value not in EMPTY}
+
+    def __contains__(self, name: str) -> bool:
+        return self.fields.get(name) not in EMPTY
+
+    def get(self, name: str) -> Any:
+        """The value of a field, None if it is missing; the field counts as read."""
+        self.unread.discard(name)
+        return self.fields.get(name)
+
+    def text(self, name: str, may_be_empty: bool = False) -> str:
+        """The text of a field. Raises CritiqueRMError if it is missing, empty or no text."""
+        if name not in self.fields:
+            raise CritiqueRMError(f"no field {name!r}; found {_names(self)}")
+        return check_text(self.get(name), name, may_be_empty)
+
+    def optional_text(self, name: str) -> str:
+        return self.text(name) if name in self else ""
+
+    def id(self, name: str = "id") -> str:
+        """The id in a field, empty if there is none; pandas writes whole numbers as 3.0."""
+        value = self.get(name)
+        if value is None:
+            return ""
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            raise CritiqueRMError(f"{name!r} is {_shorten(value)}; expected text or a whole number")
+        return check_text(str(value), name)
+
+    def made_id(self) -> str:
+        """An id from the content, of a record that has none; repeats are numbered."""
+        made = digest(self.fields)
+        self.notes.made_ids[made] += 1
+        n = self.notes.made_ids[made]
+        return made if n == 1 else f"{made}-{n}"
+
+    def critiques(self, name: str) -> tuple[str, ...]:
+        """The critique of a field, or several."""
+        return check_critiques(self.get(name), name)
+
+    def finish(self) -> None:
+        """Notes the fields that nothing has read."""
+        self.notes.ignored.update(self.unread - UNUSED_FIELDS)
 
 
 def read_pairs(source: str, skip_bad: bool = False, critiques: str | None = None) -> list[Pair]:
     """Reads preference pairs from a file, or from a Hub data set `NAME` or `NAME:SPLIT`.
 
-    Files are JSON lines or one JSON array, plain or gzipped, told apart by content. Each record is
-    recognised by its fields: ours, TRL's preference formats, UltraFeedback-binarized, HH-RLHF
-    transcripts, RewardBench, PandaLM's test set (majority of three annotators, ties dropped) and
-    LLMBar. Records without an id get one from their content. With `critiques`, another such file,
-    which may hold the pairs of several, what it says of each pair takes the place of its critiques.
+    Files are JSON lines or one JSON array, plain or gzipped, or parquet, told apart by content.
+    Each record is recognised by its fields (see FORMATS). One that lists several responses gives
+    all pairs of a chosen and a rejected one. Records without an id get one from their content. With
+    `critiques`, another file of pairs or of single answers, what it says of a pair, or else of a
+    response to a prompt, takes the place of its critiques.
 
     Raises CritiqueRMError naming file, line, field, what was found and what to do; with `skip_bad`
     records that are wrong in themselves are left out and counted instead.
     """
-    found = list(read_rows(source, _parse_pair, skip_bad))
-    decided = [(where, pair) for where, pair in found if pair]
-    if n_ties := len(found) - len(decided):
-        say(f"{source}: {n_ties} pairs without a majority for one side dropped")
-    if not decided:
+    notes = Notes()
+    rows = read_rows(source, lambda *row: _parse_pairs(Record(*row, notes)), skip_bad)
+    pairs = [pair for _, found in rows for pair in found]
+    notes.say(source)
+    if not pairs:
         raise CritiqueRMError(f"{source}: no preference pair in it; expected a JSON object a line")
-    pairs = _with_unique_ids(decided, source)
+    pairs = _with_unique_ids(pairs, source)
     return _replace_critiques(pairs, critiques, source) if critiques else pairs
-
-
-def _replace_critiques(pairs: list[Pair], source: str, about: str) -> list[Pair]:
-    """Takes critiques from another file, by id and text; pairs it lacks are left without."""
-
-    def identity(pair: Pair) -> tuple:  # two data sets may use one id
-        return pair.id, pair.prompt, pair.chosen, pair.rejected
-
-    others = {identity(pair): pair for _, pair in read_rows(source, _parse_pair) if pair}
-    if not any(identity(pair) in others for pair in pairs):
-        advice = "it must hold their ids and texts, as generate.py writes them"
-        raise CritiqueRMError(f"{source}: no pair in it is one of {about}; {advice}")
-    names = [f"{side}_critiques" for side in SIDES]
-    return [
-        replace(pair, **{name: getattr(others.get(identity(pair)), name, ()) for name in names})
-        for pair in pairs
-    ]
 
 
 def read_answers(source: str, skip_bad: bool = False) -> list[Answer]:
     """Reads single records {prompt, response, critique?, id?}, to be scored on their own."""
-    answers = [answer for _, answer in read_rows(source, _parse_answer, skip_bad)]
+    notes = Notes()
+    rows = read_rows(source, lambda *row: _parse_answer(Record(*row, notes)), skip_bad)
+    answers = [answer for _, answer in rows]
+    notes.say(source)
     if not answers:
         raise CritiqueRMError(f"{source}: no answer in it; expected a JSON object a line")
     return answers
 
 
-def read_rows(
-    source: str, parse: Callable[[dict], Any] = dict, skip_bad: bool = False
-) -> Iterator[tuple[str, Any]]:
-    """Yields (where, what `parse` makes of the object) from a file or a Hub data set.
+def _replace_critiques(pairs: list[Pair], source: str, about: str) -> list[Pair]:
+    """Takes critiques from another file, by id and texts, else by prompt and response alone."""
+    notes = Notes()
+    of_pair: dict[tuple, tuple] = {}  # two data sets may use one id
+    of_answer: dict[tuple, tuple[str, ...]] = {}
+    for _, (reviewed_pairs, answers) in read_rows(
+        source, lambda *row: _parse_critiques(Record(*row, notes))
+    ):
+        for pair in reviewed_pairs:
+            of_pair[_pair_key(pair)] = (pair.chosen_critiques, pair.rejected_critiques)
+        for answer in answers:
+            key = _answer_key(answer)
+            known = of_answer.get(key, ())
+            of_answer[key] = known + tuple(c for c in answer.critiques if c not in known)
+    notes.say(source)
+    replaced, n_found = [], 0
+    for pair in pairs:
+        by_text = tuple(of_answer.get(_answer_key(answer), ()) for answer in pair.answers)
+        chosen, rejected = of_pair.get(_pair_key(pair), by_text)
+        n_found += bool(chosen) + bool(rejected)
+        replaced.append(replace(pair, chosen_critiques=chosen, rejected_critiques=rejected))
+    if not n_found:
+        advice = "it must hold their texts, as generate.py writes them"
+        raise CritiqueRMError(f"{source}: no critique in it is of a response of {about}; {advice}")
+    say(f"{source}: critiques of {n_found} of {2 * len(pairs)} responses of {about}")
+    return replaced
 
-    Raises CritiqueRMError that begins with `where`; `skip_bad` says how many it left out instead.
+
+def _pair_key(pair: Pair) -> tuple:
+    return pair.id, pair.prompt, pair.chosen, pair.rejected, pair.chosen_more, pair.rejected_more
+
+
+def _answer_key(answer: Answer) -> tuple:
+    """What says that two files mean the same response; data sets strip white space or not."""
+    prompt = tuple((m.role, m.content.strip(), m.more) for m in answer.prompt)
+    return prompt, answer.response.strip(), answer.more
+
+
+def read_rows(
+    source: str, parse: Callable[[str, dict], Any] | None = None, skip_bad: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Yields (where, what `parse` makes of where and object) from a file or a Hub data set.
+
+    Raises CritiqueRMError that begins with `where`. With `skip_bad` it says how many it left out
+    instead, unless nothing else is there.
     """
-    bad = []
+    n_good, bad = 0, []
     for where, record in _read_records(source):
         try:
-            parsed = parse(_object(record))
+            row = _object(record)
+            row = parse(where, row) if parse else row
         except CritiqueRMError as error:
             bad.append(f"{where}: {error}")
             if not skip_bad:
-                raise CritiqueRMError(bad[0]) from None
+                raise CritiqueRMError(bad[0]) from error
         else:
-            yield where, parsed
+            n_good += 1
+            yield where, row
+    if bad and not n_good:
+        raise CritiqueRMError(bad[0])
     if bad:
         say(f"{source}: {len(bad)} bad records skipped, the first: {bad[0]}")
+
+
+def group_pairs(pairs: Iterable[Pair]) -> list[list[Pair]]:
+    """The pairs of one record together, if it lists several responses; each other pair alone."""
+    groups: list[list[Pair]] = []
+    for pair in pairs:
+        if pair.group and groups and groups[-1][0].group == pair.group:
+            groups[-1].append(pair)
+        else:
+            groups.append([pair])
+    return groups
 
 
 def digest(*values: object) -> str:
@@ -218,25 +395,64 @@ def digest(*values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _with_unique_ids(located: list[tuple[str, Pair]], source: str) -> list[Pair]:
+def _without_more(prompt: Sequence[Message]) -> list[tuple]:
+    """The messages without `more` where it is empty: digests made before there was one stay."""
+    return [tuple(message) if message.more else tuple(message)[:2] for message in prompt]
+
+
+def digest_prompt(prompt: Sequence[Message]) -> str:
+    """A hash to tell prompts apart."""
+    return digest(_without_more(prompt))
+
+
+def digest_pair(pair: Pair) -> str:
+    """A hash of all that a pair says."""
+    said = {}
+    for item in fields(pair):
+        value = getattr(pair, item.name)
+        is_late = item.name in ("group", "chosen_more", "rejected_more")  # as in _without_more
+        if item.compare and (value or not is_late):
+            said[item.name] = value
+    return digest(said | {"prompt": _without_more(pair.prompt)})
+
+
+def _with_unique_ids(pairs: list[Pair], source: str) -> list[Pair]:
     """Refuses explicit ids that clash; makes missing ones from the content, numbering repeats."""
     seen: dict[str, str] = {}
-    pairs, n_repeats = [], 0
-    for where, pair in located:
+    named, n_repeats = [], 0
+    for pair in pairs:
         if pair.id in seen:
             raise CritiqueRMError(
-                f"{where}: id {pair.id!r} was already used at {seen[pair.id]}; "
+                f"{pair.where}: id {pair.id!r} was already used at {seen[pair.id]}; "
                 "make ids unique, or remove them and they are made from the content"
             )
-        wanted = pair.id or digest(asdict(pair))
-        names = (f"{wanted}-{n}" if n > 1 else wanted for n in itertools.count(1))
-        pair_id = next(name for name in names if name not in seen)
-        n_repeats += pair_id != wanted
-        seen[pair_id] = where
-        pairs.append(replace(pair, id=pair_id))
+        wanted = pair.id or digest_pair(pair)
+        pair_id, n = wanted, 1
+        while pair_id in seen:
+            n += 1
+            pair_id = f"{wanted}-{n}"
+        n_repeats += n > 1
+        seen[pair_id] = pair.where
+        named.append(replace(pair, id=pair_id))
     if n_repeats:
-        say(f"{source}: {n_repeats} pairs repeat an earlier one to the letter (kept, ids numbered)")
-    return pairs
+        say(f"{source}: {n_repeats} pairs repeat an earlier one exactly (kept, ids numbered)")
+    return named
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+READABLE = "read are JSON lines, one JSON array (both also gzipped), and parquet"
+TO_JSON_LINES = "python -c \"import pandas; pandas.read_{}('{}').to_json('pairs.jsonl', orient='records', lines=True)\""
+OTHER_KINDS = {  # first bytes: what they mean, and what to do
+    b"\xfd7zXZ\x00": ("an xz file", "unpack it with xz -d"),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", "unpack it with zstd -d"),
+    b"BZh": ("a bzip2 file", "unpack it with bunzip2"),
+    b"PK\x03\x04": ("a zip file", "unpack it with unzip"),
+    b"ARROW1": ("an Arrow file", "write it with datasets' to_json"),
+    b"\xff\xfe": ("UTF-16 text, not UTF-8", "convert it with iconv -f utf-16 -t utf-8"),
+    b"\xfe\xff": ("UTF-16 text, not UTF-8", "convert it with iconv -f utf-16 -t utf-8"),
+}
 
 
 def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
@@ -244,11 +460,56 @@ def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
     if not os.path.exists(source):
         yield from _read_hub(source)
         return
+    if os.path.isdir(source):
+        advice = "datasets.load_from_disk(FOLDER)[SPLIT].to_json('pairs.jsonl') writes JSON lines"
+        raise CritiqueRMError(f"{source}: a folder; {READABLE}; of a save_to_disk folder {advice}")
     problem = f"{source}: cannot be read; is the file complete?"
     with explain(problem, OSError, EOFError, zlib.error), open(source, "rb") as raw:
-        stream = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-        is_array = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+        start = raw.peek(8)
+        if start.startswith(b"PAR1"):
+            yield from _read_parquet(source)
+            return
+        stream = gzip.open(raw) if start.startswith(b"\x1f\x8b") else raw
+        start = stream.peek(4096)[:4096]
+        _check_kind(source, start)
+        is_array = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
         yield from (_read_array if is_array else _read_lines)(source, stream)
+
+
+def _check_kind(source: str, start: bytes) -> None:
+    """Refuses by its first bytes a file that holds no JSON lines: not one bad record, but all."""
+    for magic, (kind, advice) in OTHER_KINDS.items():
+        if start.startswith(magic):
+            raise CritiqueRMError(f"{source}: {kind}; {READABLE}; {advice}")
+    if b"\0" in start:
+        raise CritiqueRMError(f"{source}: a binary file, not UTF-8 text; {READABLE}")
+    suffix = source.lower().rpartition(".")[2]
+    is_json = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[", b"")
+    if suffix in ("csv", "tsv") and not is_json:
+        advice = TO_JSON_LINES.format("csv" if suffix == "csv" else "table", source)
+        raise CritiqueRMError(f"{source}: a table; {READABLE}; {advice}")
+    first, newline, _ = start.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
+    if newline and first.strip() == b"{":
+        advice = "jq -c . FILE writes each object on one line, jq -c '.[]' FILE the items of its lists"
+        raise CritiqueRMError(f"{source}: a JSON object over several lines; {READABLE}; {advice}")
+
+
+def _read_parquet(source: str) -> Iterator[tuple[str, dict]]:
+    """Yields the rows of a parquet file: the form in which the Hub keeps data sets."""
+    with explain(f"{source}: a parquet file; to read it run: pip install pyarrow", ImportError):
+        from pyarrow import parquet
+    with explain(f"{source}: damaged parquet", Exception):
+        batches = parquet.ParquetFile(source).iter_batches(batch_size=256)
+    number = 0
+    while True:
+        with explain(f"{source}: damaged parquet, after row {number}", Exception):
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        for row in rows:
+            number += 1
+            yield f"{source}: row {number}", row
 
 
 def _read_lines(source: str, stream) -> Iterator[tuple[str, bytes]]:
@@ -286,7 +547,7 @@ def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
 
 def _read_hub(source: str) -> Iterator[tuple[str, dict]]:
     name, _, split = source.partition(":")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or re.search(r"\.jsonl?(\.gz)?$", name):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or re.search(r"\.(jsonl?(\.gz)?|parquet)$", name):
         raise CritiqueRMError(f"{source}: no such file")
     advice = "to read it as a Hub data set run: pip install datasets"
     with explain(f"{source}: no such file; {advice}", ImportError):
@@ -304,142 +565,480 @@ def _object(record: bytes | object) -> dict:
             raise CritiqueRMError("line longer than 16 MB; shorten or remove it")
         with explain("not UTF-8 text; expected a JSON object", UnicodeDecodeError):
             text = record.decode("utf-8-sig")
-        with explain("not valid JSON; mend or remove it", ValueError, RecursionError):
+        with explain("not valid JSON; correct or remove it", ValueError, RecursionError):
             record = json.loads(text)
     if not isinstance(record, dict):
         raise CritiqueRMError(f"expected a JSON object, found {_shorten(record)}")
     return record
 
 
-def _parse_answer(row: dict) -> Answer:
-    response = _text(row, "response", may_be_empty=True)
-    prompt = _messages(row, "prompt", "user")
-    return Answer(prompt, response, _critiques(row, "critique"), _id(row, "id"))
+# --------------------------------------------------------------------------------------------------
+# Formats
 
 
-def _parse_pair(row: dict) -> Pair | None:
-    """Recognises the format by its fields; None is a tie."""
-    if "annotator1" in row:
-        return _parse_pandalm(row)
-    if "output_1" in row:
-        return _parse_llmbar(row)
-    if "prompt" not in row and str(row.get("chosen")).lstrip().startswith("Human:"):
-        return _parse_transcripts(row)
-    return _parse_preference(row)
+@dataclass(frozen=True)
+class Labelled:
+    """A format of two responses, with a label that says which of them is better."""
+
+    mark: str  # the field that tells it from others
+    responses: tuple[str, str]  # fields
+    better: Callable[[Record], int]  # 1, 2, or 0 for a tie
+    id: str = "id"  # field
+    id_prefix: str = ""
+    subset: Callable[[Record], str] = lambda record: ""
+    critiques: tuple[str, str] | None = None  # fields
 
 
-def _parse_preference(row: dict) -> Pair:
-    """Ours, TRL (explicit or implicit prompt, plain or chat), UltraFeedback and RewardBench."""
-    (*start, chosen), (*other, rejected) = (_messages(row, side, "assistant") for side in SIDES)
-    for side, last in zip(SIDES, (chosen, rejected)):
-        if last.role != "assistant":
-            raise CritiqueRMError(f"the last message of {side!r} is not the assistant's")
-    if start != other:
+def _majority(record: Record) -> int:
+    """What two of three annotators say: 1 or 2; 0 is a tie."""
+    votes = [record.get(f"annotator{n}") for n in (1, 2, 3)]
+    if any(vote not in (0, 1, 2) for vote in votes):
+        raise CritiqueRMError(f"annotators are {votes}; expected 0, 1 or 2 each")
+    return next((side for side in (1, 2) if votes.count(side) >= 2), 0)
+
+
+def _label(field: str, labels: dict[object, int]) -> Callable[[Record], int]:
+    def better(record: Record) -> int:
+        value = record.get(field)
+        if isinstance(value, list | dict | bool) or value not in labels:
+            expected = " or ".join(map(str, labels))
+            raise CritiqueRMError(f"{field!r} is {_shorten(value)}; expected {expected}")
+        return labels[value]
+
+    return better
+
+
+JUDGEBENCH_SOURCES = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")
+
+
+def _judgebench_source(record: Record) -> str:
+    source = record.optional_text("source")
+    return next((name for name in JUDGEBENCH_SOURCES if source.startswith(name)), source)
+
+
+LABELLED = {  # by name; in this order the first whose mark is there is taken
+    "PandaLM": Labelled(
+        mark="annotator1",
+        responses=("response1", "response2"),
+        better=_majority,
+        id="idx",
+        id_prefix="pandalm-",
+        subset=lambda record: "pandalm",
+    ),
+    "LLMBar": Labelled(
+        mark="output_1",
+        responses=("output_1", "output_2"),
+        better=_label("label", {1: 1, 2: 2}),
+    ),
+    "JudgeBench": Labelled(
+        mark="response_A",
+        responses=("response_A", "response_B"),
+        better=_label("label", {"A>B": 1, "B>A": 2}),
+        id="pair_id",
+        subset=_judgebench_source,
+    ),
+    "HelpSteer3": Labelled(
+        mark="overall_preference",
+        responses=("response1", "response2"),
+        better=_label("overall_preference", {-3: 1, -2: 1, -1: 1, 0: 0, 1: 2, 2: 2, 3: 2}),
+        subset=lambda record: record.optional_text("domain"),
+        critiques=("feedback1", "feedback2"),
+    ),
+}
+
+
+def _parse_pairs(record: Record) -> list[Pair]:
+    """Recognises the format by its fields; a tie gives no pair, lists of responses several."""
+    form = next((form for form in LABELLED.values() if form.mark in record.fields), None)
+    pairs = _read_labelled(record, form) if form else _read_preference(record)
+    record.finish()
+    return pairs
+
+
+def _read_labelled(record: Record, form: Labelled) -> list[Pair]:
+    best = form.better(record)
+    prompt = _required_prompt(record)
+    texts = []
+    for name in form.responses:
+        if isinstance(record.get(name), bool):  # PandaLM has six such responses
+            texts.append(str(record.get(name)))
+        else:
+            texts.append(record.text(name, may_be_empty=True))
+    critiques = [(), ()]
+    if form.critiques:
+        critiques = [_without_grade(record, record.critiques(name)) for name in form.critiques]
+    number = record.id(form.id)
+    subset = form.subset(record)
+    if best == 0:
+        record.notes.sentences["{n} pairs without a majority for one side dropped"] += 1
+        return []
+    if best == 2:
+        texts, critiques = texts[::-1], critiques[::-1]
+    pair_id = f"{form.id_prefix}{number}" if number else ""
+    return [Pair(pair_id, prompt, *texts, *critiques, subset, where=record.where)]
+
+
+def _without_grade(record: Record, critiques: tuple[str, ...]) -> tuple[str, ...]:
+    """HelpSteer3's feedback without its first sentence: a grade, which a critique must not give."""
+    kept = []
+    for critique in critiques:
+        text = GRADE_SENTENCE.sub("", critique, count=1)
+        if text != critique:
+            record.notes.sentences["{n} critiques read without the grade they begin with"] += 1
+        if text:
+            kept.append(text)
+    return tuple(kept)
+
+
+GRADE_SENTENCE = re.compile(
+    r"\A\s*The response is (not|slightly|partially|mostly|perfectly) helpful[^.]*(\.\s*|\Z)"
+)
+
+
+def _read_preference(record: Record) -> list[Pair]:
+    """Ours, TRL (explicit or implicit prompt, plain or chat), UltraFeedback, CLoud, benchmarks."""
+    is_list, sides = False, []
+    for side in SIDES:
+        conversations, several = _responses(record, side)
+        is_list = is_list or several
+        sides.append(conversations)
+    starts = {messages[:-1] for messages in sides[0] + sides[1]}
+    if len(starts) > 1:
         raise CritiqueRMError(
             "'chosen' and 'rejected' differ before their last message; a pair needs one prompt"
         )
-    chosen, rejected = chosen.content, rejected.content
-    if "prompt" not in row and not start:  # TRL's implicit prompt in plain text
-        n = len(os.path.commonprefix([chosen, rejected]))
-        n = chosen.rfind(" ", 0, n) + 1 if n < max(len(chosen), len(rejected)) else n
-        row = row | {"prompt": chosen[:n]}
-        chosen, rejected = chosen[n:], rejected[n:]
-    # UltraFeedback repeats the prompt inside the messages; TRL's explicit prompt stands before them
-    is_whole = start and ("prompt" not in row or start[0].role != "assistant")
-    prompt = (*(() if is_whole else _messages(row, "prompt", "user")), *start)
+    prompt = _prompt(record, starts.pop(), sides)
+    if not prompt:
+        prompt, sides = _implicit_prompt(record, sides)
+    prompt = _with_system(record, prompt)
+    critiques = []
+    for side, conversations in zip(SIDES, sides):
+        critiques.append(_critiques_along(record, side, len(conversations) if is_list else None))
+    subset = record.optional_text("subset") or record.optional_text("domain")
+    margin = _margin(record)
+    record_id = record.id()
+    group = (record_id or record.made_id()) if is_list else ""
+    pairs = []
+    for i, chosen in enumerate(sides[0]):
+        for j, rejected in enumerate(sides[1]):
+            pairs.append(
+                Pair(
+                    id=f"{group}/{i + 1}-{j + 1}" if group else record_id,
+                    prompt=prompt,
+                    chosen=chosen[-1].content,
+                    rejected=rejected[-1].content,
+                    chosen_critiques=critiques[0][i],
+                    rejected_critiques=critiques[1][j],
+                    subset=subset,
+                    margin=margin,
+                    group=group,
+                    chosen_more=chosen[-1].more,
+                    rejected_more=rejected[-1].more,
+                    where=record.where,
+                )
+            )
+    return pairs
+
+
+def _responses(record: Record, side: str) -> tuple[list[tuple[Message, ...]], bool]:
+    """The responses of one side, each at the end of a conversation; whether it is a list of them."""
+    value = record.get(side)
+    if isinstance(value, dict):  # one message without the list around it
+        value = [value]
+    is_transcript = isinstance(value, str) and value.lstrip().startswith("Human:")
+    if is_transcript and not any(name in record for name in PROMPT_FIELDS):
+        return [_transcript(side, value)], False
+    several = isinstance(value, list) and value and not isinstance(value[0], dict)
+    conversations = []
+    for item in value if several else [value]:
+        if several or isinstance(item, list):
+            messages = check_messages(item, side, "assistant")
+        else:
+            messages = (Message("assistant", record.text(side, may_be_empty=True)),)
+        if messages[-1].role != "assistant":
+            raise CritiqueRMError(f"the last message of {side!r} is not the assistant's")
+        conversations.append(messages)
+    return conversations, bool(several)
+
+
+def _transcript(side: str, text: str) -> tuple[Message, ...]:
+    """HH-RLHF: turns that begin with "Human:" or "Assistant:" after an empty line."""
+    roles = {"Human": "user", "Assistant": "assistant"}
+    _, *parts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + text.lstrip())
+    turns = zip(parts[::2], parts[1::2])
+    messages = [{"role": roles[name], "content": content} for name, content in turns]
+    return check_messages(messages, side, "assistant")
+
+
+def _prompt(
+    record: Record, start: tuple[Message, ...] = (), sides: Sequence[list] = ()
+) -> tuple[Message, ...]:
+    """What is asked: earlier turns, then the one field that holds the prompt.
+
+    `start` is what chosen and rejected have in common before their last message. Empty if there is
+    no prompt at all. Raises CritiqueRMError where two fields could be the prompt.
+    """
+    names = [name for name in PROMPT_FIELDS if name in record]
+    if "messages" in names and start:  # UltraFeedback-binarized repeats the chosen conversation
+        if check_messages(record.fields["messages"], "messages", "user") in (sides[0][0], start):
+            record.get("messages")
+            names.remove("messages")
+    if not names and "prompt" in record.fields and not start:
+        names = ["prompt"]  # there, but empty: refused as such
+    if {"instruction", "input"} <= set(names):  # Alpaca's two halves of a prompt
+        names.remove("input")
+    if len(names) > 1:
+        raise CritiqueRMError(f"{names[0]!r} and {names[1]!r} could both be the prompt; keep one")
+    asked: tuple[Message, ...] = ()
+    for name in names:
+        if name in ONLY_MESSAGES and not isinstance(record.fields[name], list):
+            found = _shorten(record.fields[name])
+            raise CritiqueRMError(f"{name!r} is {found}; expected messages, or name it 'prompt'")
+        asked = check_messages(record.get(name), name, "user")
+        if name == "instruction" and "input" in record:
+            asked = (Message("user", asked[0].content + "\n\n" + record.text("input")),)
+    if asked and asked[-1].role == "assistant" and not start:
+        raise CritiqueRMError(f"{names[0]!r} ends with an answer; expected what is asked")
+    return _join(_history(record) + asked, start)
+
+
+def _required_prompt(record: Record) -> tuple[Message, ...]:
+    prompt = _prompt(record)
+    if not prompt:
+        raise CritiqueRMError(f"no field 'prompt'; found {_names(record)}")
+    return _with_system(record, prompt)
+
+
+def _with_system(record: Record, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The prompt behind the system text and the tools of the record, if it has any."""
+    system = record.optional_text("system")
+    if system and prompt[0].role == "system" and prompt[0].content != system:
+        raise CritiqueRMError("'system' differs from the system message; keep one")
+    if system and prompt[0].role != "system":
+        prompt = (Message("system", system), *prompt)
+    if "tools" in record:
+        prompt = (_tools(record), *prompt)
+    return prompt
+
+
+def _join(asked: tuple[Message, ...], start: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Prompt and beginning of the responses, of which one may repeat the other.
+
+    UltraFeedback's prompt is one of the messages before the response; TRL's explicit prompt may
+    stand before a beginning of its own.
+    """
+    if not asked or not start:
+        return asked or start
+    if start[: len(asked)] == asked or (len(asked) == 1 and asked[0] in start):
+        return start
+    if start[0].role == "assistant" or asked[-1].role in ("system", "developer"):
+        return asked + start
+    raise CritiqueRMError("'prompt' is none of the messages before the response; remove one of them")
+
+
+def _history(record: Record) -> tuple[Message, ...]:
+    """LLaMA-Factory's earlier turns: a list of [question, answer]."""
+    turns = record.get("history") or []
+    is_pairs = isinstance(turns, list) and all(isinstance(t, list) and len(t) == 2 for t in turns)
+    if not is_pairs:
+        raise CritiqueRMError(f"'history' is {_shorten(turns)}; expected a list of [question, answer]")
+    messages = []
+    for question, answer in turns:
+        messages.append(Message("user", check_text(question, "history", may_be_empty=True)))
+        messages.append(Message("assistant", check_text(answer, "history", may_be_empty=True)))
+    return tuple(messages)
+
+
+def _tools(record: Record) -> Message:
+    """The functions that could be called, given as a list or as the JSON text of one."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        with explain("'tools' is text, but not JSON", ValueError, RecursionError):
+            tools = json.loads(tools)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise CritiqueRMError(f"'tools' is {_shorten(tools)}; expected a list of functions")
+    return Message("tools", to_json(tools))
+
+
+def _implicit_prompt(record: Record, sides: list) -> tuple[tuple[Message, ...], list]:
+    """TRL's implicit prompt in plain text: the beginning that chosen and rejected share.
+
+    Never where another field could be the prompt, and not where they share no whole word.
+    """
+    known = {*SIDES, *CRITIQUE_FIELDS, "subset", "margin", "id"} | UNUSED_FIELDS
+    others = [name for name in record.unread - known if not isinstance(record.fields[name], int | float)]
+    texts = [side[0][-1].content for side in sides]
+    shared = os.path.commonprefix(texts)
+    cut = re.match(r"(.*\s)?", shared, re.DOTALL)[0]
+    is_plain = all(len(side) == 1 and not side[0][-1].more for side in sides)
+    if others or not is_plain or not cut.strip() or texts[0] == texts[1]:
+        raise CritiqueRMError(
+            "no field 'prompt', and no beginning that is surely one, in both responses; found "
+            + _names(record)
+        )
+    responses = [[(Message("assistant", text[len(cut) :]),)] for text in texts]
+    return (Message("user", cut),), responses
+
+
+def _critiques_along(record: Record, side: str, n_responses: int | None) -> list[tuple[str, ...]]:
+    """The critiques of each response of a side; a list of responses has a list of them beside it.
+
+    CLoud's data call them feedback.
+    """
+    names = [name for name in (f"{side}_critique", f"{side}_feedback") if name in record]
+    if len(names) > 1:
+        raise CritiqueRMError(f"{names[0]!r} and {names[1]!r} both hold critiques; keep one")
+    name = names[0] if names else f"{side}_critique"
+    value = record.get(name)
+    if n_responses is None:
+        return [check_critiques(value, name)]
+    if value in EMPTY:
+        return [()] * n_responses
+    if not isinstance(value, list) or len(value) != n_responses:
+        raise CritiqueRMError(f"{name!r} is {_shorten(value)}; expected a list of {n_responses}, one a response")
+    return [check_critiques(item, name) for item in value]
+
+
+def _margin(record: Record) -> float:
+    value = record.get("margin")
     try:
-        margin = 0.0 if row.get("margin") is None else float(row["margin"])
+        margin = 0.0 if value is None else float(value)
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):
-        raise CritiqueRMError(f"'margin' is {_shorten(row['margin'])}; expected a number")
-    critiques = (_critiques(row, f"{side}_critique") for side in SIDES)
-    subset = _text({"subset": row.get("subset") or ""}, "subset", may_be_empty=True)
-    return Pair(_id(row, "id"), prompt, chosen, rejected, *critiques, subset, margin)
+        raise CritiqueRMError(f"'margin' is {_shorten(value)}; expected a number")
+    return margin
 
 
-def _parse_transcripts(row: dict) -> Pair:
-    """HH-RLHF: two transcripts with the same beginning up to the last "Assistant:"."""
-    roles, turns = {"Human": "user", "Assistant": "assistant"}, {}
-    for side in SIDES:
-        text = "\n\n" + _text(row, side).lstrip()
-        _, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
-        named = zip(parts[::2], parts[1::2])
-        messages = [{"role": roles[name], "content": content} for name, content in named]
-        turns[side] = messages or text
-    return _parse_preference(row | turns)
+def _parse_answer(record: Record) -> Answer:
+    """A single response, in a field of its own or as the last of some messages."""
+    is_last = "response" not in record.fields and "messages" in record
+    conversations, several = _responses(record, "messages" if is_last else "response")
+    if several:
+        raise CritiqueRMError("'response' is a list; write a record for each")
+    *start, last = conversations[0]
+    prompt = _prompt(record, tuple(start), [conversations])
+    if not prompt:
+        raise CritiqueRMError(f"no field 'prompt'; found {_names(record)}")
+    prompt = _with_system(record, prompt)
+    critiques = record.critiques("critique")
+    answer = Answer(prompt, last.content, critiques, record.id(), last.more, record.where)
+    record.finish()
+    return answer
 
 
-def _parse_pandalm(row: dict) -> Pair | None:
-    """PandaLM's testset-v1: annotators say 0 (tie), 1 or 2; some responses are JSON booleans."""
-    votes = [row.get(f"annotator{n}") for n in (1, 2, 3)]
-    if any(vote not in (0, 1, 2) for vote in votes):
-        raise CritiqueRMError(f"annotators are {votes}; expected 0, 1 or 2 each")
-    best = next((side for side in (1, 2) if votes.count(side) >= 2), None)
-    if best is None:
-        return None
-    names = ("response1", "response2")
-    row = row | {name: str(row[name]) for name in names if isinstance(row.get(name), bool)}
-    parts = [_text(row, name, may_be_empty=True) for name in ("instruction", "input")]
-    prompt = _text({"instruction": "\n\n".join(filter(None, parts))}, "instruction")
-    pair_id = f"pandalm-{number}" if (number := _id(row, "idx")) else ""
-    responses = _ordered(row, names, best)
-    return Pair(pair_id, (Message("user", prompt),), *responses, subset="pandalm")
+def _parse_critiques(record: Record) -> tuple[list[Pair], list[Answer]]:
+    """What a record of --critiques says about pairs, and about single responses."""
+    if "response" in record.fields:
+        return [], [_parse_answer(record)]
+    if "completions" in record:  # UltraFeedback
+        return [], _completions(record)
+    if "feedback1" in record.fields:  # HelpSteer3, ties and rows without a preference included
+        prompt, answers = _required_prompt(record), []
+        for n in (1, 2):
+            critiques = _without_grade(record, record.critiques(f"feedback{n}"))
+            answers.append(Answer(prompt, record.text(f"response{n}", True), critiques))
+        return [], answers
+    pairs = _parse_pairs(record)
+    return pairs, [answer for pair in pairs for answer in pair.answers]
 
 
-def _parse_llmbar(row: dict) -> Pair:
-    if row.get("label") not in (1, 2):
-        raise CritiqueRMError(f"'label' is {_shorten(row.get('label'))}; expected 1 or 2")
-    prompt = (Message("user", _text(row, "input")),)
-    return Pair(_id(row, "id"), prompt, *_ordered(row, ("output_1", "output_2"), row["label"]))
+def _completions(record: Record) -> list[Answer]:
+    """UltraFeedback's responses to one instruction, each with a critique."""
+    prompt, answers = _required_prompt(record), []
+    for number, item in enumerate(record.get("completions"), 1):
+        if not isinstance(item, dict) or "response" not in item:
+            raise CritiqueRMError(f"completion {number} has no 'response'")
+        response = check_text(item["response"], "response", may_be_empty=True)
+        answers.append(Answer(prompt, response, check_critiques(item.get("critique"), "critique")))
+    return answers
 
 
-def _ordered(row: dict, names: tuple[str, str], best: int) -> list[str]:
-    """Chosen and rejected of two responses, of which number `best` (1 or 2) was preferred."""
-    texts = [_text(row, name, may_be_empty=True) for name in names]
-    return texts if best == 1 else texts[::-1]
+# Values
 
 
-def _messages(row: dict, field: str, role: str) -> tuple[Message, ...]:
-    """The messages of a field; plain text is one of `role`, and a model may answer nothing."""
-    value = row.get(field)
-    if not value or not isinstance(value, list):
-        return (Message(role, _text(row, field, may_be_empty=role == "assistant")),)
-    for n, item in enumerate(value, 1):
-        if not isinstance(item, dict) or item.get("role") not in ROLES:
-            expected = f'{{"role": one of {", ".join(ROLES)}, "content": text}}'
-            found = f"message {n} of {field!r} is {_shorten(item)}"
-            raise CritiqueRMError(f"{found}; expected {expected}")
-    return tuple(Message(m["role"], _text(m, "content", may_be_empty=True)) for m in value)
-
-
-def _critiques(row: dict, field: str) -> tuple[str, ...]:
-    value = row.get(field)
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(_text({field: item}, field) for item in values)
-
-
-def _id(row: dict, field: str) -> str:
-    value = row.get(field)
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise CritiqueRMError(f"{field!r} is {_shorten(value)}; expected text or a number")
-    return _text({field: str(value)}, field)
-
-
-def _text(row: dict, field: str, may_be_empty: bool = False) -> str:
-    if field not in row:
-        found = ", ".join(map(_shorten, row)) or "no field at all"
-        raise CritiqueRMError(f"no field {field!r}; found {found}")
-    value = row[field]
+def check_text(value: object, name: str, may_be_empty: bool = False) -> str:
+    """Text that can be encoded. Raises CritiqueRMError that names the field."""
     if not isinstance(value, str):
-        raise CritiqueRMError(f"{field!r} is {_shorten(value)}; expected text")
+        raise CritiqueRMError(f"{name!r} is {_shorten(value)}; expected text")
     if not may_be_empty and not value.strip():
-        raise CritiqueRMError(f"{field!r} is empty; remove the line or fill it in")
+        raise CritiqueRMError(f"{name!r} is empty; remove the line or fill it in")
     if re.search("[\ud800-\udfff]", value):
-        raise CritiqueRMError(f"{field!r} holds half a surrogate pair; mend the encoding")
+        raise CritiqueRMError(f"{name!r} holds half a surrogate pair; correct the encoding")
     return value
+
+
+def check_critiques(value: object, name: str) -> tuple[str, ...]:
+    """One critique, several in a list, or none."""
+    if value is None:
+        return ()
+    items = value if isinstance(value, list) else [value]
+    return tuple(check_text(item, name) for item in items)
+
+
+def check_messages(value: object, name: str, role: str) -> tuple[Message, ...]:
+    """The messages of a field; plain text is one of `role`, and a model may answer nothing."""
+    if not value or not isinstance(value, list):
+        return (Message(role, check_text(value, name, may_be_empty=role == "assistant")),)
+    return tuple(_message(item, f"message {n} of {name!r}") for n, item in enumerate(value, 1))
+
+
+def _message(item: object, which: str) -> Message:
+    """A message of a chat, in the words of OpenAI, of Transformers or of ShareGPT."""
+    expected = f'{{"role": one of {", ".join(ROLES)}, "content": text}}'
+    if not isinstance(item, dict):
+        raise CritiqueRMError(f"{which} is {_shorten(item)}; expected {expected}")
+    if "from" in item and "role" not in item:
+        role = item["from"]
+        item = {"role": SHAREGPT_ROLES.get(str(role), role), "content": item.get("value"), **item}
+        del item["from"], item["value"]
+    role, content = item.get("role"), item.get("content")
+    if not isinstance(role, str) or role not in ROLES or "content" not in item:
+        raise CritiqueRMError(f"{which} is {_shorten(item)}; expected {expected}")
+    more = {name: item[name] for name in MESSAGE_FIELDS if item.get(name) not in EMPTY}
+    for name, value in item.items():
+        is_read = name in ("role", "content") or name in more or name in UNUSED_FIELDS
+        if value not in EMPTY and not is_read:
+            raise CritiqueRMError(f"{which} has {_shorten(name)}, which is not read; remove it")
+    if isinstance(content, list):
+        content = "".join(_text_part(part, which) for part in content)
+    if content is None and more:
+        content = ""  # as OpenAI writes a message that only calls tools
+    content = check_text(content, "content", may_be_empty=True)
+    return Message(role, content, to_json(_parse_arguments(more)) if more else "")
+
+
+def _text_part(part: object, which: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise CritiqueRMError(f"{which} has a part {_shorten(part)}; only those of type text are read")
+    return part["text"]
+
+
+def _parse_arguments(more: dict) -> dict:
+    """Tool calls as templates expect them: arguments are an object, where OpenAI has its JSON text."""
+    calls = more.get("tool_calls")
+    if not isinstance(calls, list):
+        return more
+    parsed = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+            call = call | {"function": function | {"arguments": arguments}}
+        parsed.append(call)
+    return more | {"tool_calls": parsed}
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON that any reader takes. Raises ValueError for a number that is not finite."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _names(record: Record) -> str:
+    return ", ".join(map(_shorten, record.fields)) or "no field at all"
 
 
 def _shorten(value: object) -> str:
@@ -460,6 +1059,8 @@ PLAIN_TEMPLATE = (  # for tokenizers without a chat template of their own
 # saved template is used, so that a reward does not depend on the day.
 FROZEN_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 MIN_TEXT_TOKENS = 16  # prompt and response are never cut to less than this together
+BREAK = "\u200b"  # an invisible character (zero width space)
+MARK = "\ue000"  # a character of no language, to find a response in a rendered text
 
 
 @dataclass(frozen=True)
@@ -470,18 +1071,25 @@ class EncodedPair:
     chosen: list[np.ndarray]  # each (T,) int32
     rejected: list[np.ndarray]
 
+    @property
+    def is_tie(self) -> bool:
+        """Whether both sides read the same."""
+        return [s.tolist() for s in self.chosen] == [s.tolist() for s in self.rejected]
+
 
 class Encoder:
     """Turns text into token ids: the only place where it happens, for training and scoring.
 
-    The chat template is rendered around placeholders, so it never sees the data, and the data is
-    put into the rendered text afterwards. It is encoded by a twin of the tokenizer that knows the
-    control tokens (any added token, special or not) by names that no data can hold, and only those
-    that the template wrote are renamed: `<|im_end|>` in a response stays ten letters.
+    The chat template and the tokenizer are used as they are, on the data. But data never become
+    control tokens (any added token, special or not): where a text spells one, an invisible
+    character is put behind its first letter, so that `<|im_end|>` in a response stays ten letters.
+    The one exception is a reasoning block (`<think>…</think>`) with which an answer begins, if the
+    template looks for its marks.
 
     A sequence ends with exactly one end token (the template's own end of turn, else the eos token)
     and begins with at most one bos token (the template's). `keep_tail` leaves what a template
-    writes after its end token, for models of others that were trained on it.
+    writes after its end token, for models of others that were trained on it; `pad_id` is then the
+    token that their class takes for padding, wherever it stands: it reads the last other token.
 
     Raises CritiqueRMError when the tokenizer is not a fast one or has no end token.
     """
@@ -492,9 +1100,12 @@ class Encoder:
         max_length_tokens: int,
         use_critiques: bool,
         keep_tail: bool = False,
+        pad_id: int | None = None,
+        n_embeddings: int | None = None,
     ) -> None:
         self.tokenizer, self.max_length_tokens = tokenizer, max_length_tokens
-        self.use_critiques, self.keep_tail = use_critiques, keep_tail
+        self.use_critiques, self.keep_tail, self.pad_id = use_critiques, keep_tail, pad_id
+        self.n_embeddings = n_embeddings  # the ids that the model has; None: all
         if not tokenizer.is_fast:
             raise CritiqueRMError("the tokenizer has no tokenizer.json; save it as a fast one")
         if tokenizer.chat_template is None:
@@ -503,100 +1114,128 @@ class Encoder:
         tokenizer.chat_template = tokenizer.get_chat_template()  # the default one of several
         if "strftime_now" in tokenizer.chat_template and FROZEN_DATE not in tokenizer.chat_template:
             tokenizer.chat_template = FROZEN_DATE + tokenizer.chat_template
-        added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         # runs of white space that some vocabularies (Gemma) add are text like any other
-        self.control_ids = {token: i for i, token in added.items() if len(token.strip()) > 1}
+        self.control_ids = {token: i for token, i in added.items() if len(token.strip()) > 1}
         longest_first = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
-        self._control = re.compile("|".join(longest_first) or "(?!)")
-        nonce = secrets.token_hex(8)  # no result depends on it
-        self._names = {t: f"\ue000{nonce}-{n}\ue001" for n, t in enumerate(self.control_ids)}
-        self._twin = self._make_twin()
-        twins = {i: self._names.get(token, token) for i, token in added.items()}
-        self._ids = {self._twin.token_to_id(token): i for i, token in twins.items()}
-        self.skeleton = cache(self._skeleton)
+        control = "|".join(longest_first) or "(?!)"
+        self._control = re.compile(control)
+        # their first letters alone are looked for first: Gemma 3 has 6,000 control tokens
+        letters = "".join(sorted({re.escape(token[0]) for token in self.control_ids})) or "a"
+        self._first_letter = re.compile(f"(?=[{letters}])(?={control})(.)", re.DOTALL)
+        # the token for unknown characters may come from any text
+        self._control_values = {*self.control_ids.values()} - {tokenizer.unk_token_id}
+        self._tail = cache(self._find_tail)
         self.counts: Counter[str] = Counter()
 
-    def _make_twin(self) -> Tokenizer:
-        """The same tokenizer, its control tokens renamed."""
-        spec, names = json.loads(self.tokenizer.backend_tokenizer.to_str()), self._names
-        for token in spec["added_tokens"]:
-            if token["content"] in names:
-                token |= {"content": names[token["content"]], "normalized": False}
-        model = spec["model"]
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
-        else:  # a unigram model lists (token, score)
-            model["vocab"] = [[names.get(token, token), x] for token, x in model["vocab"]]
-        if unknown := model.get("unk_token"):
-            model["unk_token"] = names.get(unknown, unknown)
-        unused = {"post_processor": None, "truncation": None, "padding": None}
-        return Tokenizer.from_str(json.dumps(spec | unused))
+    def _hide(self, text: str) -> str:
+        """The text with a break in each control token that it spells; overlapping ones too."""
+        return self._first_letter.sub(rf"\1{BREAK}", text)
 
-    def _skeleton(self, roles: tuple[str, ...], renamed: bool) -> tuple[str, ...]:
-        """The rendered template: text, left, number and right for each message, and the tail.
+    def _hide_after_reasoning(self, text: str) -> str:
+        """The same, but for the marks of a reasoning block at the beginning."""
+        opening = self._control.match(text.lstrip())
+        closing = opening and f"{opening[0][0]}/{opening[0][1:]}"  # <think>, </think>; [THINK]
+        if closing not in self.control_ids or closing not in text:
+            return self._hide(text)
+        blank, _, rest = text.partition(opening[0])
+        thought, _, answer = rest.partition(closing)
+        return blank + opening[0] + self._hide(thought) + closing + self._hide(answer)
 
-        Left and right are an em space, or nothing where the template strips the content.
-        """
-        contents = (f"\u2003\ue000{n}\ue001\u2003" for n in range(len(roles)))
-        marked = [{"role": role, "content": text} for role, text in zip(roles, contents)]
-        turns = f"the turns {', '.join(roles)}; change the prompts or the template"
-        with explain(f"the chat template refuses {turns}", jinja2.TemplateError, TypeError):
-            text = self.tokenizer.apply_chat_template(marked, tokenize=False)
-        parts = re.split("(\u2003?)\ue000(\\d+)\ue001(\u2003?)", text)
-        if len(parts) == 1 or int(parts[-3]) != len(roles) - 1:
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation that ends with the assistant's message, as it is encoded."""
+        roles = tuple(message.role for message in messages)
+        text = self._apply_template(messages, self._hide)
+        if any(self._hide(m.content) != self._hide_after_reasoning(m.content) for m in messages):
+            seen = self._apply_template(messages, self._hide_after_reasoning)
+            if seen.replace(BREAK, "") != text.replace(BREAK, ""):
+                text = seen  # the template does more with the marks than print them
+        return text if self.keep_tail else self._cut_tail(text, roles)
+
+    def _apply_template(self, messages: Sequence[Message], hide: Callable[[str], str]) -> str:
+        tools, turns = None, []
+        for message in messages:
+            if message.role == "tools":
+                tools = json.loads(self._hide(message.content))
+                continue
+            is_answer = message.role == "assistant"
+            content = hide(message.content) if is_answer else self._hide(message.content)
+            turns.append(Message(message.role, content, self._hide(message.more)).to_dict())
+        roles = ", ".join(turn["role"] for turn in turns)
+        problem = f"the chat template refuses the turns {roles}; change the prompts or the template"
+        with explain(problem, Exception):  # templates are programs
+            return self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+
+    def _find_tail(self, roles: tuple[str, ...]) -> tuple[str, str]:
+        """What the template writes after a response, and what is kept of it."""
+        messages = [Message(role, "[]" if role == "tools" else "a") for role in roles]
+        messages[-1] = Message(roles[-1], MARK)
+        _, mark, tail = self._apply_template(messages, str).rpartition(MARK)
+        if not mark:
             raise CritiqueRMError("the chat template does not end with the assistant's message")
-        if not self.keep_tail:
-            parts[-1] = self._end(parts[-1])
-        if renamed:
-            parts[::4] = (self._control.sub(lambda m: self._names[m[0]], t) for t in parts[::4])
-        return tuple(parts)
-
-    def _end(self, tail: str) -> str:
-        """Cuts what follows the first control token after the response, or adds the eos token."""
         if match := self._control.search(tail):
-            return tail[: match.end()]
+            return tail, tail[: match.end()]
         if not self.tokenizer.eos_token:
             raise CritiqueRMError("the tokenizer has no end token; set its eos_token")
-        return tail.rstrip() + self.tokenizer.eos_token
+        return tail, tail.rstrip() + self.tokenizer.eos_token
 
-    def render(self, messages: Sequence[Message], renamed: bool = False) -> str:
-        """The text of a conversation that ends with the assistant's message, as it is encoded.
-
-        `renamed` gives the template's control tokens the names that the twin has for them.
-        """
-        *parts, tail = self.skeleton(tuple(message.role for message in messages), renamed)
-        text = ""
-        for literal, left, n, right in zip(*(parts[k::4] for k in range(4))):
-            content = messages[int(n)].content
-            content = content if left else content.lstrip()
-            text += literal + (content if right else content.rstrip())
-        return text + tail
+    def _cut_tail(self, text: str, roles: tuple[str, ...]) -> str:
+        """Cuts what follows the first control token after the response, or adds the eos token."""
+        tail, kept = self._tail(roles)
+        if text.endswith(tail):
+            return text[: len(text) - len(tail)] + kept
+        # a template may end tool calls, or an empty response, in another way
+        end = max((match.end() for match in self._control.finditer(text)), default=0)
+        if not end or text[end:].strip():
+            raise CritiqueRMError("the chat template does not end this answer with an end token")
+        return text[:end]
 
     def encode(self, messages: Sequence[Message]) -> np.ndarray:
-        """Token ids (T,) int32 of a conversation that ends with the assistant's message."""
-        text = self.render(messages, renamed=True)
-        ids = [self._ids.get(i, i) for i in self._twin.encode(text, add_special_tokens=False).ids]
+        """Token ids (T,) int32 of a conversation that ends with the assistant's message.
+
+        Raises CritiqueRMError for a text that holds a token which the model does not know, or that
+        the tokenizer would still turn into control tokens.
+        """
+        text = self.render(messages)
+        with explain("the tokenizer cannot encode it", Exception):
+            encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        ids = encoded["input_ids"]
+        n_control = sum(i in self._control_values for i in ids)
+        if n_control > len(self._control.findall(text)):  # by its normalizer
+            raise CritiqueRMError("the tokenizer makes control tokens of its text; leave it out")
         if ids[:2] == [self.tokenizer.bos_token_id] * 2:
             ids = ids[1:]
-        return np.array(ids, np.int32)
+        ids = np.array(ids, np.int32)
+        if self.n_embeddings is not None and ids.max() >= self.n_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(int(ids.max()))
+            raise CritiqueRMError(
+                f"the token {token!r} is {ids.max()}, the model has {self.n_embeddings}; take the "
+                "model's own tokenizer, or leave out what holds that token"
+            )
+        if self.pad_id is not None:
+            others = np.flatnonzero(ids != self.pad_id)
+            ids = ids[: others[-1] + 1 if len(others) else 1]
+        return ids
 
     @cached_property
     def end_id(self) -> int:
         """The token every sequence ends with: the reward is read there."""
         return int(self.encode((Message("user", "a"), Message("assistant", "b")))[-1])
 
-    def encode_answers(self, answers: Sequence[Answer]) -> list[list[np.ndarray]] | None:
+    def encode_answers(
+        self, answers: Sequence[Answer], n_pairs: int = 1
+    ) -> list[list[np.ndarray]] | None:
         """Encodes answers to one prompt: for each answer one sequence per critique.
 
         Within `max_length_tokens` each critique and the end token are kept whole; the responses
         keep their beginning, the prompt its end, cut at the same place for all answers. None if
-        even that does not fit.
+        even that does not fit. Both are counted, as `n_pairs`.
         """
         prompt, responses = answers[0].prompt, [a.response for a in answers]
         encoded, excess = self._encode_as(prompt, answers, responses)
         if excess <= 0:
             return encoded
-        blank = [Message(m.role, "") for m in prompt]
+        blank = [m if m.role == "tools" else m._replace(content="") for m in prompt]
         fixed, _ = self._encode_as(blank, answers, [""] * len(answers))
         room = [self.max_length_tokens - max(map(len, sequences)) for sequences in fixed]
         offsets = [self._offsets(response) for response in responses]
@@ -604,7 +1243,7 @@ class Encoder:
             n_prompt = min(max(r - len(o), r // 2) for r, o in zip(room, offsets))
             for n_kept in range(n_prompt, -1, -1):  # a piece of a word can be more tokens alone
                 cut = self._cut_prompt(prompt, n_kept)
-                used = sum(len(self._offsets(m.content)) for m in cut)
+                used = sum(len(self._offsets(m.content)) for m in cut if m.role != "tools")
                 if used <= n_prompt:
                     break
             kept = [
@@ -613,10 +1252,10 @@ class Encoder:
             ]
             encoded, excess = self._encode_as(cut, answers, kept)
             if excess <= 0:
-                self.counts["truncated"] += 1
+                self.counts["truncated"] += n_pairs
                 return encoded
             room = [r - excess for r in room]  # tokens that merge across a cut
-        self.counts["dropped as too long"] += 1
+        self.counts["dropped as too long"] += n_pairs
         return None
 
     def _encode_as(
@@ -627,7 +1266,8 @@ class Encoder:
         for answer, response in zip(answers, responses):
             critiques = answer.critiques if self.use_critiques else ()
             texts = [response + SEPARATOR + c for c in critiques] or [response]
-            encoded.append([self.encode((*prompt, Message("assistant", text))) for text in texts])
+            messages = [Message("assistant", text, answer.more) for text in texts]
+            encoded.append([self.encode((*prompt, message)) for message in messages])
         return encoded, max(map(len, itertools.chain(*encoded))) - self.max_length_tokens
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
@@ -637,40 +1277,93 @@ class Encoder:
     def _cut_prompt(self, prompt: Sequence[Message], n_tokens: int) -> list[Message]:
         """Keeps the last tokens: what is asked stands at the end of a conversation."""
         kept = []
-        for role, content in reversed(prompt):
-            offsets = self._offsets(content)
+        for message in reversed(prompt):
+            if message.role == "tools":  # half of a function is none
+                kept.append(message)
+                continue
+            offsets, content = self._offsets(message.content), message.content
             if len(offsets) > n_tokens:
                 content = content[offsets[-n_tokens][0] :] if n_tokens else ""
             n_tokens -= min(n_tokens, len(offsets))
-            kept.append(Message(role, content))
+            kept.append(message._replace(content=content))
         return kept[::-1]
 
     def encode_pairs(
-        self, pairs: Sequence[Pair], source: str, keep_equal: bool = False
+        self,
+        pairs: Sequence[Pair],
+        source: str,
+        keep_equal: bool = False,
+        skip_bad: bool = False,
     ) -> list[EncodedPair]:
         """Encodes pairs; says how many were cut or left out, and why (never invents a critique).
 
         Those whose two sides read the same teach nothing; with `keep_equal` they are kept, as ties.
-        Raises CritiqueRMError if no pair is left.
+        Raises CritiqueRMError that names the place of a pair which the template or the tokenizer
+        refuses, unless `skip_bad`, and one if no pair is left.
         """
         self.counts.clear()
-        encoded = []
-        for pair in pairs:
-            if self.use_critiques and not (pair.chosen_critiques and pair.rejected_critiques):
-                self.counts["without critique"] += 1
-            elif sides := self.encode_answers(pair.answers):
-                chosen, rejected = ([ids.tolist() for ids in side] for side in sides)
-                if chosen == rejected and not keep_equal:
-                    self.counts["with equal token sequences"] += 1
-                else:
-                    encoded.append(EncodedPair(pair, *sides))
-        counted = [f"{n} {what}" for what, n in self.counts.items()]
+        encoded, refusals = [], []
+        for group in group_pairs(pairs):
+            try:
+                encoded += self._encode_group(group)
+            except CritiqueRMError as error:
+                refusals.append(str(error))
+                if not skip_bad:
+                    raise
+        if not keep_equal:
+            different = [e for e in encoded if not e.is_tie]
+            self.counts["with equal token sequences"] += len(encoded) - len(different)
+            encoded = different
+        counted = [f"{n} {what}" for what, n in self.counts.items() if n]
+        if refusals:
+            counted.append(f"{len(refusals)} refused, the first: {refusals[0]}")
         changes = ", ".join(counted) or "none cut or left out"
         say(f"{source}: {len(encoded)} of {len(pairs)} pairs used; {changes}")
         if not encoded:
             hint = f"; {CRITIQUES_MISSING}" if self.counts["without critique"] else ""
             raise CritiqueRMError(f"{source}: no pair is left to use ({changes}){hint}")
         return encoded
+
+    def _encode_group(self, pairs: list[Pair]) -> list[EncodedPair]:
+        """Encodes the pairs of one record, each distinct response once."""
+        usable = pairs
+        if self.use_critiques:
+            usable = [pair for pair in pairs if all(a.critiques for a in pair.answers)]
+            self.counts["without critique"] += len(pairs) - len(usable)
+        if not usable:
+            return []
+        answers = list(dict.fromkeys(answer for pair in usable for answer in pair.answers))
+        try:
+            sequences = self.encode_answers(answers, len(usable))
+            for name in self._unseen_fields(answers):
+                self.counts[f"with {name}, which the chat template does not show"] += len(usable)
+        except CritiqueRMError as error:
+            raise CritiqueRMError(f"{pairs[0].where or pairs[0].id}: {error}") from error
+        if sequences is None:
+            return []
+        encoded = dict(zip(answers, sequences))
+        return [EncodedPair(pair, *(encoded[answer] for answer in pair.answers)) for pair in usable]
+
+    def _unseen_fields(self, answers: Sequence[Answer]) -> list[str]:
+        """What messages say beside their content, and the template leaves out."""
+        conversation = [*answers[0].prompt, *(answer.message for answer in answers)]
+        more = [json.loads(message.more) for message in conversation if message.more]
+        names = dict.fromkeys(name for part in more for name in part)
+        if any(message.role == "tools" for message in conversation):
+            names["tools"] = None
+        unseen = []
+        for name in names:
+            shown = False
+            for answer in answers:
+                messages = [*answer.prompt, answer.message]
+                without = [message.without(name) for message in messages if message.role != name]
+                try:
+                    shown |= self._apply_template(without, str) != self._apply_template(messages, str)
+                except CritiqueRMError:
+                    shown = True  # without it, the template refuses them
+            if not shown:
+                unseen.append(repr(name))
+        return unseen
 
 
 # --------------------------------------------------------------------------------------------------
@@ -914,16 +1607,37 @@ def find_model(name: str) -> str:
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    with explain(f"{folder}: no usable tokenizer", OSError, ValueError, KeyError):
+    with explain(f"{folder}: no usable tokenizer", Exception):  # of many kinds
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_config(folder: str) -> PreTrainedConfig:
-    """Reads and checks config.json; the result describes a reward model: one label, no dropout."""
+    """Reads and checks config.json; the result describes a reward model: one label, no dropout.
+
+    Of a model that also sees images, it is the part that reads text.
+    """
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise CritiqueRMError(
+            f"{folder}: a PEFT adapter, not a whole model; merge it first: PeftModel."
+            "from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+        )
     with explain(f"{folder}: no usable config.json", Exception):  # a wrong value raises many kinds
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "auto_map", None):
-        raise CritiqueRMError(f"{folder}: the model asks to run its own code; that is never done")
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = whole.get_text_config(decoder=True)
+    for part in (whole, config):
+        if getattr(part, "auto_map", None):
+            raise CritiqueRMError(f"{folder}: the model asks to run its own code; that is never done")
+        for name in ("quantization_config", "compression_config"):
+            if getattr(part, name, None):
+                raise CritiqueRMError(f"{folder}: its config.json has a {name}; {DEQUANTISE}")
+    if config is not whole:
+        if config.model_type in TEXT_SIBLINGS:
+            advice = f"take a text-only one, such as {TEXT_SIBLINGS[config.model_type]}"
+            raise CritiqueRMError(f"{folder}: a {whole.model_type} model, which also sees; {advice}")
+        say(f"{folder}: a {whole.model_type} model; the part that reads text is used")
+        config.critique_rm = getattr(whole, "critique_rm", None)
+        if config.pad_token_id is None:
+            config.pad_token_id = getattr(whole, "pad_token_id", None)
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # both sides of a pair must see the same network
@@ -933,13 +1647,25 @@ def load_config(folder: str) -> PreTrainedConfig:
     return config
 
 
+DEQUANTISE = (
+    "quantised weights are not read: take the original ones, or load it in Transformers, call "
+    "model.dequantize() and save_pretrained() it"
+)
+TEXT_SIBLINGS = {  # text parts without a class that has a reward head: what to take instead
+    "qwen2_vl_text": "Qwen/Qwen2-7B-Instruct",
+    "qwen2_5_vl_text": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3_vl_text": "Qwen/Qwen3-8B",
+    "mllama_text_model": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama4_text": "meta-llama/Llama-3.3-70B-Instruct",
+}
+
+
 def check_fits(config: PreTrainedConfig, encoder: Encoder) -> None:
-    """Raises CritiqueRMError if there are ids or positions that the model has no embedding for."""
-    if len(encoder.tokenizer) > config.vocab_size:
-        raise CritiqueRMError(
-            f"the tokenizer has {len(encoder.tokenizer)} tokens, the model {config.vocab_size}; "
-            "they do not belong together"
-        )
+    """Raises CritiqueRMError if there are positions that the model has no embedding for.
+
+    Ids that it has none for may stand in the tokenizer (Gemma 3's mark for images), not in a text.
+    """
+    encoder.n_embeddings = config.vocab_size
     longest = getattr(config, "max_position_embeddings", None) or math.inf
     if encoder.max_length_tokens > longest:
         raise CritiqueRMError(f"the model reads only {longest} tokens; lower --max-length-tokens")
@@ -947,16 +1673,26 @@ def check_fits(config: PreTrainedConfig, encoder: Encoder) -> None:
 
 def make_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the config with new weights. Raises CritiqueRMError if it has no `score` head."""
-    with explain(f"no sequence classification for {config.model_type!r} models", ValueError):
+    kind = config.model_type
+    with explain(f"no reward model can be made of a {kind!r} model", Exception):
         model = AutoModelForSequenceClassification.from_config(config)
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        kind = type(model).__name__
-        raise CritiqueRMError(f"{kind} has no linear head named 'score'; use a decoder model")
+        name = type(model).__name__
+        raise CritiqueRMError(f"{name} has no linear head named 'score'; use a decoder model")
+    model.config.architectures = [type(model).__name__]  # servers choose the class by it
     return model
 
 
 def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     return getattr(model, model.base_model_prefix), model.score
+
+
+def find_blocks(trunk: nn.Module) -> nn.ModuleList:
+    """The layers of a trunk. Raises CritiqueRMError if they do not stand in one list."""
+    for module in trunk.modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            return module
+    raise CritiqueRMError(f"{type(trunk).__name__} has no list of layers; use a decoder model")
 
 
 def build_model(
@@ -972,7 +1708,7 @@ def build_model(
         model = make_model(config)
     trunk, head = trunk_and_head(model)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    blocks = next(m for m in trunk.modules() if isinstance(m, nn.ModuleList))
+    blocks = find_blocks(trunk)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.shape[-1] > 1)
     fully_shard(trunk, mesh=mesh, mp_policy=policy)
@@ -992,43 +1728,136 @@ def keep_gathered(model: PreTrainedModel, keep: bool) -> None:
 
 
 def read_weights(
-    model: PreTrainedModel, folder: str, device: torch.device, head_seed: int | None = None
+    model: PreTrainedModel,
+    folder: str,
+    device: torch.device,
+    head_seed: int | None = None,
+    new_head: bool = False,
 ) -> None:
     """Fills a model without weights from a folder's safetensors, each rank reading its part.
 
-    With `head_seed` the folder is a language model and the head starts anew; without it the head
-    must be in the folder. Keys of a language model may carry the trunk's prefix or not.
+    A head that is not there, or with `new_head`, is drawn by `head_seed`; without a seed it must
+    be there. Keys may have any prefix, as in a model that also sees images.
 
-    Raises CritiqueRMError for pickled weights, for missing keys and for shapes that do not match.
+    Raises CritiqueRMError for pickled or quantised weights, for keys that are missing, for shapes
+    that do not match, and for weights of the trunk or the head that the model has no place for.
     """
-    if not list(Path(folder).glob("*.safetensors")):
-        raise CritiqueRMError(
-            f"{folder}: no *.safetensors file; convert pickled weights elsewhere with "
-            "model.save_pretrained(folder, safe_serialization=True)"
-        )
+    paths = find_weights(folder)
+    stored = read_headers(paths)
+    weights = model.state_dict()
+    trunk = {name: p for name, p in weights.items() if not name.startswith("score.")}
     model.to_empty(device=device)
     fill_buffers(model)
-    reader = dcp.HuggingFaceStorageReader(folder)
-    with explain(f"{folder}: damaged safetensors", SafetensorError):
-        stored = reader.read_metadata().state_dict_metadata
-    weights = model.state_dict()
-    if head_seed is not None:
-        weights = {name: p for name, p in weights.items() if not name.startswith("score.")}
+    prefix = _find_prefix(model, trunk, stored)
+    own_prefix = model.base_model_prefix + "."
+    wanted = {prefix + name.removeprefix(own_prefix): name for name in trunk}
+    if "score.weight" in stored and not new_head or head_seed is None:
+        wanted["score.weight"] = "score.weight"
+        if head_seed is not None:
+            say(f"{folder}: a reward model; its head is kept (--new-head draws a new one)")
+    else:
         init_head(model, head_seed)
-    prefix = model.base_model_prefix + "."
-    if not any(key.startswith(prefix) for key in stored):
-        weights = {name.removeprefix(prefix): p for name, p in weights.items()}
-    if missing := [name for name in weights if name not in stored]:
+        say(f"{folder}: a new reward head is drawn")
+    _check_stored(model, folder, wanted, stored, prefix, new_head)
+    weights = model.state_dict()
+    for key, name in wanted.items():
+        found, expected = list(stored[key].shape), list(weights[name].shape)
+        if found != expected:
+            hint = "; --new-head draws another" if name == "score.weight" else ""
+            raise CritiqueRMError(f"{folder}: {key} is {found}, expected {expected}{hint}")
+    with tempfile.TemporaryDirectory() as links:  # the reader takes every file of a folder
+        for path in paths:
+            os.symlink(path.resolve(), Path(links) / path.name)
+        reader = dcp.HuggingFaceStorageReader(links)
+        with explain(f"{folder}: damaged safetensors", SafetensorError):
+            dcp.load({key: weights[name] for key, name in wanted.items()}, storage_reader=reader)
+
+
+def find_weights(folder: str) -> list[Path]:
+    """The files that Transformers would read: model.safetensors, else what the index names."""
+    whole, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        with explain(f"{index}: damaged", OSError, ValueError, LookupError, TypeError, AttributeError):
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            paths = [Path(folder) / Path(name).name for name in names]
+        for path in paths:
+            if not path.is_file():
+                raise CritiqueRMError(f"{path} is missing; {index.name} names it")
+        return paths
+    if others := sorted(path.name for path in Path(folder).glob("*.safetensors")):
+        raise CritiqueRMError(
+            f"{folder}: no model.safetensors and no index, but {', '.join(others[:3])}; rename the "
+            "one that is meant to model.safetensors"
+        )
+    raise CritiqueRMError(
+        f"{folder}: no *.safetensors file; convert pickled weights elsewhere with "
+        "model.save_pretrained(folder)"
+    )
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(paths: Sequence[Path]) -> dict[str, Header]:
+    """Shape and dtype of each tensor, by its key. Raises CritiqueRMError for quantised ones."""
+    headers = {}
+    for path in paths:
+        with explain(f"{path}: damaged safetensors", SafetensorError, OSError), safe_open(path, "pt") as file:
+            for key in file.keys():
+                stored = file.get_slice(key)
+                headers[key] = Header(tuple(stored.get_shape()), stored.get_dtype())
+                if key.endswith(".weight") and headers[key].dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise CritiqueRMError(f"{path}: {key} is {headers[key].dtype}; {DEQUANTISE}")
+    return headers
+
+
+def _find_prefix(model: PreTrainedModel, trunk: Iterable[str], stored: dict[str, Header]) -> str:
+    """What stands before the names of the trunk's weights in a file: "model.", nothing, or more."""
+    names = [name.removeprefix(model.base_model_prefix + ".") for name in trunk]
+    prefixes = {model.base_model_prefix + "."}
+    for key in stored:
+        if key.endswith("." + names[0]) or key == names[0]:
+            prefixes.add(key.removesuffix(names[0]))
+    return max(sorted(prefixes), key=lambda prefix: sum(prefix + name in stored for name in names))
+
+
+def _check_stored(
+    model: PreTrainedModel,
+    folder: str,
+    wanted: dict[str, str],
+    stored: dict[str, Header],
+    prefix: str,
+    new_head: bool,
+) -> None:
+    """Compares the keys of a file with those that are wanted: none missing, none left unsaid."""
+    if missing := [key for key in wanted if key not in stored]:
+        lacks_head = missing == ["score.weight"]
         raise CritiqueRMError(
             f"{folder}: {len(missing)} weights are not in its safetensors, such as "
             f"{', '.join(missing[:3])}; "
-            + ("it has no reward head" if missing == ["score.weight"] else "its keys do not match")
+            + ("it has no reward head" if lacks_head else "its keys do not match")
         )
-    for name, p in weights.items():
-        if stored[name].size != p.shape:
-            found, expected = list(stored[name].size), list(p.shape)
-            raise CritiqueRMError(f"{folder}: {name} is {found}, expected {expected}")
-    dcp.load(weights, storage_reader=reader)
+    unused = [key for key in stored if key not in wanted and not key.startswith("lm_head.")]
+    known = [*(model._keys_to_ignore_on_load_unexpected or ()), *OLD_BUFFERS]
+    unused = [key for key in unused if not any(re.search(pattern, key) for pattern in known)]
+    others = [key for key in unused if not key.startswith((prefix, "score."))]
+    if strange := [key for key in unused if key not in others and not (new_head and "score." in key)]:
+        raise CritiqueRMError(
+            f"{folder}: {len(strange)} of its weights have no place in {type(model).__name__}, such "
+            f"as {', '.join(strange[:3])}; if they are scales, {DEQUANTISE}"
+        )
+    if others:
+        some = ", ".join(others[:3])
+        say(f"{folder}: {len(others)} tensors do not belong to a reward model, not read: {some}")
+
+
+OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
 
 
 def fill_buffers(model: PreTrainedModel) -> None:
@@ -1071,6 +1900,9 @@ def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str
 
     def complete() -> None:
         shutil.rmtree(draft / "sharded")  # what the writer leaves behind
+        if (single := draft / "model-00001-of-00001.safetensors").exists():
+            single.replace(draft / "model.safetensors")  # as everyone expects
+            (draft / "model.safetensors.index.json").unlink()
         model.config.save_pretrained(draft)
         encoder.tokenizer.save_pretrained(draft)
         (draft / "README.md").write_text(card)
@@ -1109,25 +1941,72 @@ def number_files(tensors: dict[str, Tensor], n_bytes: int) -> dict[str, int]:
     return numbers
 
 
-def shares_prefixes(config: PreTrainedConfig) -> bool:
-    """Whether all layers know other tokens by our mask and positions alone.
+def shares_prefixes(model: PreTrainedModel, longest: int) -> bool:
+    """Whether rewards of tries in one row equal those of each sequence alone, up to `longest` tokens.
 
-    Recurrent and chunked layers do not, nor do models that count positions (ALiBi) or make masks
-    themselves: those read one sequence per row.
+    Found by trying, not by names: the hidden states of a short sequence, and of one as long as the
+    longest that may come, are computed alone, as the model's own class does, then as two branches of
+    one trie beside another trie. Recurrent models, those that count positions (ALiBi) or make masks
+    of their own differ; they read one sequence per row. A collective call, once for a length.
+
+    Raises CritiqueRMError for a model in which the other rows of a batch change a reward as well:
+    one that scales all positions by the longest, or picks keys or experts across sequences.
     """
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return (
-        kinds <= {"full_attention", "sliding_attention"}
-        and config.model_type not in ("bloom", "mpt", "gpt_neo")
-        and not getattr(config, "alibi", False)
-        and not getattr(config, "use_bidirectional_attention", False)
-    )
+    known = {n: shared for n, shared in _layouts(model).items() if n >= longest}
+    if known:
+        return known[min(known)]
+    layouts = [share for share in (True, False) if _is_exact(model, max(longest, 8), share)]
+    if not layouts:
+        raise CritiqueRMError(
+            f"in this {model.config.model_type} model, of up to {longest} tokens, a reward depends "
+            "on what else is computed with it; lower --max-length-tokens, or take another model"
+        )
+    _layouts(model)[longest] = layouts[0]
+    return layouts[0]
 
 
-def compute_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Rewards (S,) fp32 of the sequences of a micro-batch, read at each one's last token."""
+def _layouts(model: PreTrainedModel) -> dict[int, bool]:
+    """What was found for a model: by the longest sequence, whether it can share prefixes."""
+    return model.__dict__.setdefault("critique_rm_layouts", {})
+
+
+@torch.no_grad()
+def _is_exact(model: PreTrainedModel, longest: int, share: bool) -> bool:
+    """Whether sequences computed together have the hidden states that they have alone."""
     trunk, head = trunk_and_head(model)
-    if shares_prefixes(model.config):
+    device = head.weight.device
+    rng = np.random.default_rng(0)
+    last_id = model.config.vocab_size - 1
+    start, filler = rng.integers(3, last_id, 10), rng.integers(3, last_id, longest - 5)
+    # the long branch comes first, so that the short one stands far from what both begin with
+    long = np.concatenate([start[:4], [3], filler]).astype(np.int32)
+    short = np.concatenate([start[:4], [last_id], start[4:6]]).astype(np.int32)
+    sequences = [short, long, start[6:].astype(np.int32)]
+    tries = [*build_tries(sequences[:2], [0, 1], share), build_trie(sequences[2:], [2])]
+    batch = collate([tries] if share else [[trie] for trie in tries], device)
+    tolerance = 1e-4 if compute_dtype(device) == torch.float32 else 0.03
+    alone = []
+    for sequence in sequences:
+        ids = torch.from_numpy(sequence.astype(np.int64))[None].to(device)
+        hidden = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        alone.append(hidden.last_hidden_state[0, -1].float())
+    try:
+        together = last_hidden_states(model, batch, share)[batch.numbers.argsort()].float()
+    except Exception:  # a model that takes no such masks
+        together = torch.full((3, 1), math.nan, device=device)
+    reshard(model)
+    expected = torch.stack(alone)
+    difference = (together - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-9)
+    worst = difference.max()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return bool(worst < tolerance)
+
+
+def last_hidden_states(model: PreTrainedModel, batch: Batch, share: bool) -> Tensor:
+    """The hidden states (S, H) at the last token of each sequence of a micro-batch."""
+    trunk, _ = trunk_and_head(model)
+    if share:
         masks = attention_masks(batch, model.config)
     else:  # one sequence per row: the model makes its own masks from what is not padding
         columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
@@ -1135,7 +2014,23 @@ def compute_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
     hidden = trunk(
         input_ids=batch.ids, attention_mask=masks, position_ids=batch.positions, use_cache=False
     ).last_hidden_state  # (R, T, H)
-    return head(hidden[batch.last[0], batch.last[1]].float()).squeeze(-1)  # (S,)
+    return hidden[batch.last[0], batch.last[1]]
+
+
+def compute_rewards(model: PreTrainedModel, batch: Batch, share: bool) -> Tensor:
+    """Rewards (S,) fp32 of the sequences of a micro-batch, read at each one's last token.
+
+    `share`: the rows hold tries (see `shares_prefixes`), else one sequence each.
+    """
+    _, head = trunk_and_head(model)
+    return head(last_hidden_states(model, batch, share).float()).squeeze(-1)  # (S,)
+
+
+def reshard(model: PreTrainedModel) -> None:
+    """Frees the weights that a forward pass without a backward pass leaves gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def choose_pad_token(config: PreTrainedConfig, encoder: Encoder) -> None:
@@ -1178,7 +2073,8 @@ def load_reward_model(
     """Loads a reward model to score with: one of train.py's folders, or any like it.
 
     What the arguments leave open comes from the folder; a model of others is read with critiques,
-    up to its longest input or 4,096 tokens, and to the last token its template writes.
+    up to its longest input or 4,096 tokens, where its own class reads: at the last token its
+    template writes, or before it, if that is the one it takes for padding.
     """
     device, mesh = start_processes()
     folder = find_model(folder)
@@ -1192,28 +2088,69 @@ def load_reward_model(
         max_length_tokens or ours.get("max_length_tokens", longest),
         reads_critiques if use_critiques is None else use_critiques,
         keep_tail=not ours,
+        pad_id=None if ours else config.pad_token_id,
     )
     if ours and encoder.use_critiques != reads_critiques:
         how = "with" if reads_critiques else "without"
-        say(f"{folder}: trained {how} critiques; this tests it the other way round")
+        say(f"{folder}: trained {how} critiques; this tests it the other way")
     check_fits(config, encoder)
+    if not ours:
+        say_where_read(folder, encoder)
     model = build_model(config, compute_dtype(device), mesh)
     read_weights(model, folder, device)
     return model.eval(), encoder
 
 
+def say_where_read(folder: str, encoder: Encoder) -> None:
+    """Says at which token another's reward model is read, if that is not the end of its text."""
+    messages = (Message("user", "a"), Message("assistant", "b"))
+    ids = encoder.tokenizer(encoder.render(messages), add_special_tokens=False)["input_ids"]
+    last, read = encoder.tokenizer.convert_ids_to_tokens([ids[-1], encoder.end_id])
+    if encoder.encode(messages).size < len(ids):
+        say(f"{folder}: read at {read!r}, as its class does: {last!r} is its padding")
+
+
 def score_answers(
-    model: PreTrainedModel, encoder: Encoder, answers: Sequence[Answer], budget_tokens: int = 4096
+    model: PreTrainedModel,
+    encoder: Encoder,
+    answers: Sequence[Answer],
+    budget_tokens: int = 4096,
+    skip_bad: bool = False,
 ) -> list[float | None]:
     """One reward per answer, the mean over its critiques; None where it cannot be scored.
 
     That is: without a critique where the model reads critiques, or with one that leaves no room.
     Long prompts and responses are cut, and counted in `encoder.counts`. A collective call.
+
+    Raises CritiqueRMError that names an answer which the template refuses (None with `skip_bad`,
+    and counted), or whose reward is not finite.
     """
-    usable = [bool(a.critiques) or not encoder.use_critiques for a in answers]
-    encoded = [encoder.encode_answers([a]) if ok else None for a, ok in zip(answers, usable)]
-    rewards = iter(score_groups(model, [e[0] for e in encoded if e], budget_tokens))
-    return [float(np.mean(next(rewards))) if e else None for e in encoded]
+    encoded, places = [], []
+    for number, answer in enumerate(answers, 1):
+        sequences = None
+        place = answer.where or answer.id or f"answer {number}"
+        if answer.critiques or not encoder.use_critiques:
+            try:
+                sequences = encoder.encode_answers([answer])
+            except CritiqueRMError as error:
+                if not skip_bad:
+                    raise CritiqueRMError(f"{place}: {error}") from error
+                encoder.counts["refused"] += 1
+        encoded.append(sequences[0] if sequences else None)
+        places.append(place)
+    groups = [sequences for sequences in encoded if sequences]
+    rewards = iter(score_groups(model, groups, budget_tokens))
+    scores = []
+    for sequences, place in zip(encoded, places):
+        score = float(np.mean(next(rewards))) if sequences else None
+        scores.append(score if score is None else check_finite(score, place))
+    return scores
+
+
+def check_finite(reward: float, place: str) -> float:
+    if not math.isfinite(reward):
+        raise CritiqueRMError(f"{place}: the reward is {reward}; are the model's weights whole?")
+    return reward
 
 
 @torch.no_grad()
@@ -1224,7 +2161,8 @@ def score_groups(
 
     A collective call: every rank scores its share and all of them get all the rewards.
     """
-    share = shares_prefixes(model.config)
+    longest = max((len(s) for group in groups for s in group), default=0)
+    share = shares_prefixes(model, longest)
     # A block has about 12 H² weights: in a row of 2 H tokens attention, which is slower for each
     # operation, takes as long as they do. Longer rows share more, but not enough to pay for it.
     row_tokens = min(budget_tokens, 2 * model.config.hidden_size)
@@ -1240,10 +2178,8 @@ def score_groups(
     rewards = torch.zeros(len(number), dtype=torch.float64, device=device)
     for rows in pack(units, budget_tokens, share, dist.get_rank(), dist.get_world_size()):
         batch = collate(rows, device)
-        rewards[batch.numbers] = compute_rewards(model, batch).double()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # without a backward pass weights would stay gathered
+        rewards[batch.numbers] = compute_rewards(model, batch, share).double()
+    reshard(model)
     dist.all_reduce(rewards)
     values = rewards.tolist()
     return [[values[number[s.tobytes()]] for s in group] for group in groups]
@@ -1275,31 +2211,42 @@ class PairScore:
     rejected_words: int
     chosen_critique_words: float | None  # mean over the critiques, None without
     rejected_critique_words: float | None
+    group: str = ""  # of pairs of one record that lists several responses
 
 
 def score_pairs(
     model: PreTrainedModel, encoded: Sequence[EncodedPair], budget_tokens: int
 ) -> list[PairScore]:
-    """Scores pairs; a reward is the mean over the answer's critiques. A collective call."""
+    """Scores pairs; a reward is the mean over the answer's critiques. A collective call.
+
+    Raises CritiqueRMError that names a pair whose reward is not finite.
+    """
     by_prompt: dict[tuple[Message, ...], list[np.ndarray]] = {}
     for e in encoded:
         by_prompt.setdefault(e.pair.prompt, []).extend([*e.chosen, *e.rejected])
     rewards = score_groups(model, list(by_prompt.values()), budget_tokens)
     streams = dict(zip(by_prompt, map(iter, rewards)))
-    return [
-        PairScore(
-            e.pair.id,
-            digest(e.pair.prompt),
-            e.pair.subset,
-            *(
-                sum(itertools.islice(streams[e.pair.prompt], len(side))) / len(side)
-                for side in (e.chosen, e.rejected)
-            ),
-            *(len(answer.response.split()) for answer in e.pair.answers),
-            *(_mean_words(answer.critiques) for answer in e.pair.answers),
+    scores = []
+    for e in encoded:
+        pair, stream = e.pair, streams[e.pair.prompt]
+        chosen = [next(stream) for _ in e.chosen]
+        rejected = [next(stream) for _ in e.rejected]
+        place = f"{pair.where}, pair {pair.id}" if pair.where else f"pair {pair.id}"
+        scores.append(
+            PairScore(
+                id=pair.id,
+                prompt_id=digest_prompt(pair.prompt),
+                subset=pair.subset,
+                chosen_reward=check_finite(sum(chosen) / len(chosen), place),
+                rejected_reward=check_finite(sum(rejected) / len(rejected), place),
+                chosen_words=len(pair.chosen.split()),
+                rejected_words=len(pair.rejected.split()),
+                chosen_critique_words=_mean_words(pair.chosen_critiques),
+                rejected_critique_words=_mean_words(pair.rejected_critiques),
+                group=pair.group,
+            )
         )
-        for e in encoded
-    ]
+    return scores
 
 
 def _mean_words(texts: Sequence[str]) -> float | None:
@@ -1308,7 +2255,7 @@ def _mean_words(texts: Sequence[str]) -> float | None:
 
 def write_scores(path: Path, scores: Sequence[PairScore]) -> None:
     """Writes one JSON line a pair."""
-    replace_file(path, "".join(json.dumps(asdict(score)) + "\n" for score in scores))
+    replace_file(path, "".join(to_json(asdict(score)) + "\n" for score in scores))
 
 
 def replace_file(path: Path, text: str | Iterable[str]) -> None:

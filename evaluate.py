@@ -653,9 +653,13 @@ def show(value: object) -> str:
 def layout(columns: dict[str, list[str]]) -> str:
     """Columns of text as a Markdown table, whatever the text."""
     lines = [list(columns), ["---"] * len(columns), *zip(*columns.values())]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(map(to_cell, line)) + " |" for line in lines)
+
+
+def to_cell(text: str) -> str:
+    """Text that cannot end a cell or a line of a table: white space and control characters."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(printable.split()).replace("|", "\\|")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -746,12 +750,12 @@ def to_html(
     """One file that needs nothing else; the data stands in it as JSON that cannot end a script."""
     rows = []
     for pair, score in zip(pairs, scores):
-        prompt = "\n\n".join(f"{message.role}: {message.content}" for message in pair.prompt)
+        prompt = "\n\n".join(f"{message.role}: {message.text}" for message in pair.prompt)
         row = {"id": pair.id, "subset": pair.subset, "prompt": prompt}
         for side, answer in zip(rm.SIDES, pair.answers):
             row[side] = {
                 "reward": getattr(score, f"{side}_reward"),
-                "response": answer.response,
+                "response": answer.message.text,
                 "critiques": answer.critiques,
             }
         rows.append(row)
@@ -770,12 +774,12 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
     model, encoder = load(args)
     if args.probe and not encoder.use_critiques:
         raise CritiqueRMError(f"{args.run}: reads no critiques; --probe needs a model that does")
-    encoded = encoder.encode_pairs(pairs, args.data)
+    encoded = encoder.encode_pairs(pairs, args.data, skip_bad=args.skip_bad)
     scores = rm.score_pairs(model, encoded, args.micro_batch_tokens)
     description = {
         "run": args.run,
         "data": args.data,
-        "data_digest": rm.digest([asdict(pair) for pair in pairs]),
+        "data_digest": rm.digest(*map(rm.digest_pair, pairs)),
         "critiques": encoder.use_critiques,
         "seed": args.seed,
     }
@@ -829,7 +833,7 @@ def draw_curve(args: argparse.Namespace) -> int:
 
 
 def write_json(path: str, table: dict) -> None:
-    rm.replace_file(Path(path), json.dumps(table, indent=2) + "\n")
+    rm.replace_file(Path(path), rm.to_json(table, indent=2) + "\n")
 
 
 def read_scores(path: str) -> list[PairScore]:
@@ -849,13 +853,13 @@ def score_single(args: argparse.Namespace) -> int:
     """Prints a reward for each answer of --score; null for one that cannot be scored."""
     answers = rm.read_answers(args.score, args.skip_bad)
     model, encoder = load(args)
-    rewards = rm.score_answers(model, encoder, answers, args.micro_batch_tokens)
+    rewards = rm.score_answers(model, encoder, answers, args.micro_batch_tokens, args.skip_bad)
     n_missing = rewards.count(None)
     if n_cut := encoder.counts["truncated"]:
         say(f"{args.score}: {n_cut} answers were cut to {encoder.max_length_tokens} tokens")
     if dist.get_rank() == 0:
         for answer, reward in zip(answers, rewards):
-            print(json.dumps({"id": answer.id, "reward": reward}))
+            print(rm.to_json({"id": answer.id, "reward": reward}))
     if n_missing:
         say(
             f"{args.score}: {n_missing} of {len(answers)} answers have no reward: longer than "

@@ -44,7 +44,7 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
 from critique_rm import Answer, CritiqueRMError, Message, Pair
-from critique_rm import digest, positive_int, read_pairs, replace_file, say, sync_folder
+from critique_rm import digest, group_pairs, positive_int, read_pairs, replace_file, say, sync_folder
 
 INSTRUCTIONS = {
     "critique": """\
@@ -189,7 +189,7 @@ def build_judge_messages(
     """Asks which of two answers to one prompt is better, with or without their critiques."""
     sections = []
     for letter, answer in ("A", first), ("B", second):
-        sections.append((f"RESPONSE {letter}", answer.response))
+        sections.append((f"RESPONSE {letter}", answer.message.text))
         if with_critiques:
             sections.append((f"CRITIQUE OF {letter}", "\n\n".join(answer.critiques)))
     return render(first.prompt, sections, instruction)
@@ -197,7 +197,7 @@ def build_judge_messages(
 
 def render(prompt: Messages, sections: list[tuple[str, str]], instruction: str) -> Messages:
     """One user message; like a Markdown fence, the mark grows until no data holds it."""
-    sections = [(message.role.upper(), message.content) for message in prompt] + sections
+    sections = [(message.role.upper(), message.text) for message in prompt] + sections
     mark = "==="
     while any(f"{mark} " in text for _, text in sections):
         mark += "="
@@ -208,11 +208,12 @@ def render(prompt: Messages, sections: list[tuple[str, str]], instruction: str) 
 def build_body(pair: Pair, side: str, sample: int, args: argparse.Namespace) -> dict:
     """The JSON body of a request."""
     if args.task == "critique":
-        messages = build_critique_messages(pair.prompt, getattr(pair, side), args.instruction)
+        response = pair.answers[SIDES[args.task].index(side)].message.text
+        messages = build_critique_messages(pair.prompt, response, args.instruction)
     else:
         answers = pair.answers if side == "chosen_first" else pair.answers[::-1]
         messages = build_judge_messages(*answers, args.with_critiques, args.instruction)
-    body = {"model": args.model, "messages": [message._asdict() for message in messages]}
+    body = {"model": args.model, "messages": [message.to_dict() for message in messages]}
     body |= {"max_tokens": args.max_tokens, **args.extra_body}
     if args.temperature is not None:
         body["temperature"] = args.temperature
@@ -564,25 +565,38 @@ def build_rows(
     for call in calls:
         if call.key in journal.places:
             keys[call.pair.id, call.side].append(call.key)
-    for pair in pairs:
-        answers = {s: [journal.read(key) for key in keys[pair.id, s]] for s in SIDES[args.task]}
-        if args.task == "judge":
+    for group in group_pairs(pairs):
+        rows = []
+        for pair in group:
+            answers = {s: [journal.read(key) for key in keys[pair.id, s]] for s in SIDES[args.task]}
+            rows.append((pair, answers))
+        if args.task == "critique":
+            yield build_critiques(rows, args.n_critiques)
+            continue
+        for pair, answers in rows:
             verdicts = {side: build_verdict(side, texts) for side, texts in answers.items()}
             yield {"id": pair.id, "with_critiques": args.with_critiques, "verdicts": verdicts}
-        else:
-            yield build_critiques(pair, answers, args.n_critiques)
 
 
-def build_critiques(pair: Pair, critiques: dict[str, list[str]], n_critiques: int) -> dict:
-    is_plain = len(pair.prompt) == 1 and pair.prompt[0].role == "user"
-    prompt = is_plain and pair.prompt[0].content.strip() and pair.prompt[0].content
-    prompt = prompt or [message._asdict() for message in pair.prompt]
-    row = {"id": pair.id} | ({"subset": pair.subset} if pair.subset else {})
-    row |= {"prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-    for side, texts in critiques.items():
-        if texts:
-            row[f"{side}_critique"] = texts if n_critiques > 1 else texts[0]
-    return row | ({"margin": pair.margin} if pair.margin else {})
+def build_critiques(rows: list[tuple[Pair, dict[str, list[str]]]], n_critiques: int) -> dict:
+    """A line of OUT: a pair, or the lists of responses of its record, with what was answered."""
+    pair, _ = rows[0]
+    row = {"id": pair.group or pair.id} | ({"subset": pair.subset} if pair.subset else {})
+    turns = [message for message in pair.prompt if message.role != "tools"]
+    if len(turns) < len(pair.prompt):
+        row["tools"] = json.loads(pair.prompt[0].content)
+    is_plain = [message.role for message in turns] == ["user"] and not turns[0].more
+    is_plain = is_plain and bool(turns[0].content.strip())
+    row["prompt"] = turns[0].content if is_plain else [message.to_dict() for message in turns]
+    critiques = {}
+    for n, side in enumerate(SIDES["critique"]):
+        answered = {pair.answers[n].message: answers[side] for pair, answers in rows}  # once each
+        responses = [m.content if not m.more else [m.to_dict()] for m in answered]
+        texts = [found if n_critiques > 1 else "".join(found) for found in answered.values()]
+        row[side] = responses if pair.group else responses[0]
+        if any(texts):
+            critiques[f"{side}_critique"] = [t or None for t in texts] if pair.group else texts[0]
+    return row | critiques | ({"margin": pair.margin} if pair.margin else {})
 
 
 def build_verdict(side: str, answers: list[str]) -> str | None:

@@ -72,6 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     )
     add = parser.add_argument_group("data and model").add_argument
     add("--model", default="tiny", help="folder, Hub name, or 'tiny' (from scratch)")
+    add("--new-head", action="store_true", help="draw a new head where --model has a reward head")
     add("--train", help="pairs to train on; None: the embedded ones")
     add("--test", action="append", help="pairs to test on; may be repeated")
     add("--no-critiques", action="store_true", help="the baseline r(x, y)")
@@ -100,6 +101,8 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--nproc", type=positive_int, default=1, help="processes to plan for")
     add("--device-gb", type=positive_float, help="of a GPU; None: this machine's")
     args = parser.parse_args(argv)
+    if args.new_head and args.model == "tiny":
+        parser.error("--new-head goes with --model")
     if args.resume and (args.overwrite or not args.out):
         parser.error("--resume needs --out, and does not go with --overwrite")
     tiny = args.model == "tiny"
@@ -212,7 +215,7 @@ def describe(args: Namespace, data: dict[str, list[Pair]], encoder: Encoder) -> 
 
 
 def digest_data(data: dict[str, list[Pair]]) -> dict[str, str]:
-    return {name: rm.digest([asdict(pair) for pair in pairs]) for name, pairs in data.items()}
+    return {name: rm.digest(*map(rm.digest_pair, pairs)) for name, pairs in data.items()}
 
 
 def check_same_run(old: dict, new: dict) -> None:
@@ -306,7 +309,7 @@ def prepare_model(
     if is_tiny:
         rm.init_head(model, args.seed)
     else:
-        rm.read_weights(model, source, device, head_seed=args.seed)
+        rm.read_weights(model, source, device, args.seed, args.new_head)
     if args.activation_checkpointing:
         model.activation_checkpointing_enable()
     return model.train(), encoder
@@ -416,6 +419,11 @@ def choose_sequences(encoded: EncodedPair, epoch: int, args: Namespace) -> list[
     return [[side[rng.integers(len(side))]] for side in sides]
 
 
+def longest_sequence(pairs: list[EncodedPair]) -> int:
+    """The tokens of the longest sequence."""
+    return max(len(sequence) for e in pairs for sequence in (*e.chosen, *e.rejected))
+
+
 def train_step(
     model: PreTrainedModel,
     optimizer: Optimizer,
@@ -425,7 +433,7 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer update over the pairs of all ranks; returns the metrics of the whole step."""
     device = next(model.parameters()).device
-    share = rm.shares_prefixes(model.config)
+    share = rm.shares_prefixes(model, longest_sequence(pairs))
     units = []
     for n, encoded in enumerate(pairs):
         chosen, rejected = choose_sequences(encoded, epoch, args)
@@ -441,7 +449,7 @@ def train_step(
         batch = rm.collate(rows, device)
         sides, place, n_each = batch.numbers.unique(return_inverse=True, return_counts=True)
         sums_by_side = torch.zeros(len(sides), device=device)
-        sums_by_side = sums_by_side.index_add(0, place, rm.compute_rewards(model, batch))
+        sums_by_side = sums_by_side.index_add(0, place, rm.compute_rewards(model, batch, share))
         chosen, rejected = (sums_by_side / n_each).view(-1, 2).unbind(1)  # (B,) each
         loss = rm.pairwise_loss(chosen, rejected, margins[sides[::2] // 2], args.centering)
         # FSDP averages gradients over ranks; the loss is a mean over the pairs of all of them
@@ -485,6 +493,7 @@ def train(
     if first == 0:
         rm.on_rank_zero(lambda: check_disk(folder, sum(p.numel() for p in model.parameters())))
         save_checkpoint(folder, 0, model, optimizer)  # a save that fails should fail now
+    rm.shares_prefixes(model, longest_sequence(pairs))  # once, of all, before the first step
     metrics = open_metrics(folder, first) if dist.get_rank() == 0 else None
     n_flat, n_equal, saved_at = 0, 0, time.monotonic()
     bar = tqdm(total=n_steps, initial=first, unit="step", mininterval=1, disable=metrics is None)
@@ -498,7 +507,7 @@ def train(
             seconds = time.perf_counter() - started
             row = {"step": step + 1, "epoch": epoch, **row, "seconds": round(seconds, 4)}
             if metrics:
-                metrics.write(json.dumps(row) + "\n")
+                metrics.write(rm.to_json(row) + "\n")
             bar.set_postfix_str(
                 f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}, "
                 f"{row['n_pairs'] / seconds:.2f} pairs/s",
@@ -668,6 +677,8 @@ def plan(args: Namespace) -> dict[str, float | bool]:
     on_gpu = bool(args.device_gb) or device.type == "cuda"
     program = 0.0 if on_gpu else peak_memory_gb()  # a GPU does not hold the program
     config = tiny_config(args) if args.model == "tiny" else rm.load_config(args.model)
+    if os.path.isdir(args.model):  # what could not be trained is not planned either
+        rm.read_headers(rm.find_weights(args.model))
     config.dtype = torch.bfloat16 if args.device_gb else rm.compute_dtype(device)
     tokens, n_bytes = args.micro_batch_tokens, config.dtype.itemsize
     with FakeTensorMode(), torch.device("cpu"):
@@ -679,7 +690,7 @@ def plan(args: Namespace) -> dict[str, float | bool]:
         if args.activation_checkpointing:
             model.train().activation_checkpointing_enable()
             kept = activation_bytes(model, tokens, args.max_length_tokens)
-        blocks = next(m for m in trunk.modules() if isinstance(m, torch.nn.ModuleList))
+        blocks = rm.find_blocks(trunk)
     n, block = (sum(p.numel() for p in m.parameters()) for m in (model, blocks[0]))
     root = n - block * len(blocks)
     parts = {
@@ -702,6 +713,8 @@ def plan(args: Namespace) -> dict[str, float | bool]:
 
 def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> int:
     """What a forward pass keeps for backward, without the parameters; works on fake tensors."""
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    share = kinds <= {"full_attention", "sliding_attention"}  # no forward pass can be compared here
     shape = (max(1, n_tokens // row_tokens), min(n_tokens, row_tokens))
     ids = torch.zeros(shape, dtype=torch.int64)
     last = torch.zeros((2, 2 * shape[0]), dtype=torch.int64)
@@ -713,8 +726,9 @@ def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> 
         return tensor
 
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    batch = rm.Batch(ids, ids, ids, last, last[0], n_tokens)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        rm.compute_rewards(model, rm.Batch(ids, ids, ids, last, last[0], n_tokens))
+        rm.compute_rewards(model, batch, share)
     return sum(size for address, (size, _) in kept.items() if address not in weights)
 
 
@@ -747,8 +761,10 @@ def run(args: Namespace) -> dict:
             order = np.random.default_rng(args.seed).permutation(len(chosen))
             chosen = [chosen[n] for n in order[: args.max_pairs]]
         model, encoder = prepare_model(args, folder, chosen)
-        training = encoder.encode_pairs(chosen, args.train)
-        tests = {name: encoder.encode_pairs(pairs[name], name) for name in dict.fromkeys(args.test)}
+        training = encoder.encode_pairs(chosen, args.train, skip_bad=args.skip_bad)
+        tests = {}
+        for name in dict.fromkeys(args.test):
+            tests[name] = encoder.encode_pairs(pairs[name], name, skip_bad=args.skip_bad)
     except CritiqueRMError:
         lock.close()
         if not args.resume and not args.overwrite and dist.get_rank() == 0:
@@ -763,7 +779,7 @@ def run(args: Namespace) -> dict:
     if args.overwrite:
         rm.on_rank_zero(lambda: clear_folder(folder))
     if not old and dist.get_rank() == 0:
-        rm.replace_file(path, json.dumps(description, indent=2) + "\n")
+        rm.replace_file(path, rm.to_json(description, indent=2) + "\n")
     train(model, training, tests, folder, args)
     results = finish(model, encoder, tests, folder, args)
     sample = training[:8]
@@ -774,7 +790,7 @@ def run(args: Namespace) -> dict:
     description |= {"summary": (summary := summarize(folder, results))}
 
     def conclude() -> None:
-        rm.replace_file(path, json.dumps(description, indent=2) + "\n")
+        rm.replace_file(path, rm.to_json(description, indent=2) + "\n")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
 
@@ -817,7 +833,7 @@ def main() -> int:
         say("train.py: interrupted; continue with --out RUN --resume")
         return 130
     if dist.get_rank() == 0:
-        print(json.dumps(summary), flush=True)
+        print(rm.to_json(summary), flush=True)
     dist.destroy_process_group()
     return 0
 

@@ -153,9 +153,9 @@ def test_critiques_come_from_another_file_by_id(tmp_path):
     other = write(tmp_path / "other", PLAIN | {"rejected_critique": ["x", "y"]}, PLAIN | {"id": "z"})
     a, b = read_pairs(pairs, critiques=other)
     assert (a.id, a.chosen_critiques, a.rejected_critiques) == ("a", (), ("x", "y"))
-    assert (b.id, b.chosen_critiques, b.rejected_critiques) == ("b", (), ())
+    assert (b.id, b.chosen_critiques, b.rejected_critiques) == ("b", (), ("x", "y"))  # by its text
     for other in PLAIN | {"id": "z"}, PLAIN | {"chosen": "another"}:
-        with pytest.raises(CritiqueRMError, match="no pair in it is one of .*pairs; it must hold"):
+        with pytest.raises(CritiqueRMError, match="no critique in it is of a response of .*pairs;"):
             read_pairs(pairs, critiques=write(tmp_path / "other", other))
 
 
@@ -195,8 +195,8 @@ BAD_FILES = {  # name: (content, what the message must hold behind the file)
     "gzip, cut": (PACKED[:-20], "complete"),
     "gzip, damaged": (PACKED[:300] + b"\0\1\2" + PACKED[303:], "complete"),
     "gzip, two bytes": (PACKED[:2], "complete"),
-    "binary": (bytes(range(255, 0, -1)), ":1: not UTF-8"),
-    "UTF-16": ('{"prompt": "p"}'.encode("utf-16"), ":1: not UTF-8"),
+    "binary": (bytes(range(255, 0, -1)), ": UTF-16 text, not UTF-8"),
+    "UTF-16": ('{"prompt": "p"}'.encode("utf-16"), ": UTF-16 text, not UTF-8"),
     "line, cut": (lines(PLAIN) + b'{"prompt": ', ":2: not valid JSON"),
     "line, nested": (b'{"prompt": ' + b"[" * 200_000, ":1: not valid JSON"),
     "line, number": (b"3\n", ":1: expected a JSON object"),
@@ -249,7 +249,7 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path, name):
 def test_a_bad_value_is_refused_with_file_line_and_field(tmp_path, record, field, value):
     bad = {k: v for k, v in (record | {"id": "b", field: value}).items() if v is not ...}
     message = complaint(write(tmp_path / "a.jsonl", PLAIN, bad))
-    assert re.search(f"a.jsonl:2: .*('{field}'|'content'|annotators)", message)
+    assert re.search(f"a.jsonl:2: .*('{field}'|'content'|annotators|'prompt')", message)
 
 
 def test_a_line_or_array_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
@@ -702,11 +702,12 @@ def random_groups(*n_critiques: int) -> list[list[np.ndarray]]:
 
 def rewards_together(model, groups: list[list[np.ndarray]]) -> torch.Tensor:
     """Rewards from one batch: two tries in its first row, padding in others."""
-    share, number = rm.shares_prefixes(model.config), itertools.count()
+    longest, number = max(len(s) for group in groups for s in group), itertools.count()
+    share = rm.shares_prefixes(model, longest)
     units = [rm.build_tries(group, [next(number) for _ in group], share) for group in groups]
     rows = [units[0] + units[1], *units[2:]] if share else [[t] for unit in units for t in unit]
     batch = rm.collate(rows, CPU)
-    return rm.compute_rewards(model, batch)[batch.numbers.argsort()]
+    return rm.compute_rewards(model, batch, share)[batch.numbers.argsort()]
 
 
 def rewards_alone(model, groups: list[list[np.ndarray]]) -> torch.Tensor:
@@ -730,7 +731,7 @@ def test_packed_rewards_and_gradients_equal_hugging_face_on_each_sequence(
     theirs = AutoModelForSequenceClassification.from_pretrained(
         folder, attn_implementation=attention
     ).eval()
-    assert rm.shares_prefixes(ours.config) == (name not in RECURRENT)
+    assert rm.shares_prefixes(ours, 40) == (name not in RECURRENT)
     together, alone = rewards_together(ours, groups), rewards_alone(theirs, groups)
     assert alone.std() > 0.1
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
@@ -770,7 +771,7 @@ def test_neighbours_order_and_padding_do_not_change_a_reward(tmp_path, mesh, mak
 
 def test_an_empty_micro_batch_adds_no_reward_and_no_gradient(tmp_path, mesh, make_config):
     model = load(save_tiny(make_config, "Llama", tmp_path), mesh)
-    rewards = rm.compute_rewards(model, rm.collate([], CPU))
+    rewards = rm.compute_rewards(model, rm.collate([], CPU), share=True)
     assert rewards.shape == (0,)
     rm.pairwise_loss(rewards, rewards, rewards).backward()
     assert all(p.grad is None or not p.grad.full_tensor().any() for p in model.parameters())
