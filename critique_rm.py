@@ -201,12 +201,11 @@ CRITIQUES_MISSING = "run generate.py on it first, or pass --no-critiques"
 # again. All others that are not read are named on stderr.
 UNUSED_FIELDS = frozenset(
     """
-    agreement category cmp_key created dataset domain index individual_preference judge lang language
-    length messages_id metadata additional_metadata meta model models motivation_app num_correct
-    num_incorrect original_id original_chosen original_rejected preference_strength prompt_id
-    chosen_model rejected_model response_model source split task task_id timestamp total_completions
-    turn turns url chosen_rating rejected_rating chosen_score rejected_score score_chosen
-    score_rejected weight
+    additional_metadata agreement category chosen_model chosen_rating chosen_score cmp_key created
+    dataset domain index individual_preference judge lang language length meta metadata model models
+    motivation_app num_correct num_incorrect original_chosen original_id original_rejected
+    preference_strength prompt_id rejected_model rejected_rating rejected_score response_model
+    score_chosen score_rejected source split task_id timestamp total_completions turn url weight
     """.split()
 )
 
@@ -442,8 +441,9 @@ def _with_unique_ids(pairs: list[Pair], source: str) -> list[Pair]:
 # --------------------------------------------------------------------------------------------------
 # Files
 
-READABLE = "read are JSON lines, one JSON array (both also gzipped), and parquet"
-TO_JSON_LINES = "python -c \"import pandas; pandas.read_{}('{}').to_json('pairs.jsonl', orient='records', lines=True)\""
+READABLE = "supported: JSON lines, a JSON array (either may be gzipped), parquet"
+TO_JSON_LINES = "pandas.read_csv(FILE).to_json('pairs.jsonl', orient='records', lines=True)"
+BLANKS = b"\xef\xbb\xbf \t\r\n"  # with the mark that some editors put at the beginning
 OTHER_KINDS = {  # first bytes: what they mean, and what to do
     b"\xfd7zXZ\x00": ("an xz file", "unpack it with xz -d"),
     b"\x28\xb5\x2f\xfd": ("a zstd file", "unpack it with zstd -d"),
@@ -461,8 +461,8 @@ def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
         yield from _read_hub(source)
         return
     if os.path.isdir(source):
-        advice = "datasets.load_from_disk(FOLDER)[SPLIT].to_json('pairs.jsonl') writes JSON lines"
-        raise CritiqueRMError(f"{source}: a folder; {READABLE}; of a save_to_disk folder {advice}")
+        advice = "convert what save_to_disk wrote: load_from_disk(FOLDER)[SPLIT].to_json('pairs.jsonl')"
+        raise CritiqueRMError(f"{source}: a folder; {READABLE}; {advice}")
     problem = f"{source}: cannot be read; is the file complete?"
     with explain(problem, OSError, EOFError, zlib.error), open(source, "rb") as raw:
         start = raw.peek(8)
@@ -472,7 +472,7 @@ def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
         stream = gzip.open(raw) if start.startswith(b"\x1f\x8b") else raw
         start = stream.peek(4096)[:4096]
         _check_kind(source, start)
-        is_array = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+        is_array = start.lstrip(BLANKS)[:1] == b"["
         yield from (_read_array if is_array else _read_lines)(source, stream)
 
 
@@ -483,14 +483,12 @@ def _check_kind(source: str, start: bytes) -> None:
             raise CritiqueRMError(f"{source}: {kind}; {READABLE}; {advice}")
     if b"\0" in start:
         raise CritiqueRMError(f"{source}: a binary file, not UTF-8 text; {READABLE}")
-    suffix = source.lower().rpartition(".")[2]
-    is_json = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[", b"")
-    if suffix in ("csv", "tsv") and not is_json:
-        advice = TO_JSON_LINES.format("csv" if suffix == "csv" else "table", source)
-        raise CritiqueRMError(f"{source}: a table; {READABLE}; {advice}")
-    first, newline, _ = start.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
+    start = start.lstrip(BLANKS)
+    if source.lower().endswith((".csv", ".tsv")) and start[:1] not in (b"{", b"[", b""):
+        raise CritiqueRMError(f"{source}: a table; {READABLE}; convert it: {TO_JSON_LINES}")
+    first, newline, _ = start.partition(b"\n")
     if newline and first.strip() == b"{":
-        advice = "jq -c . FILE writes each object on one line, jq -c '.[]' FILE the items of its lists"
+        advice = "put each object on a line with jq -c . FILE, or the items of a list with jq -c .NAME[]"
         raise CritiqueRMError(f"{source}: a JSON object over several lines; {READABLE}; {advice}")
 
 
@@ -515,7 +513,7 @@ def _read_parquet(source: str) -> Iterator[tuple[str, dict]]:
 def _read_lines(source: str, stream) -> Iterator[tuple[str, bytes]]:
     parts = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
     for number, line in enumerate(parts, 1):
-        if line.strip(b"\xef\xbb\xbf \t\r\n"):
+        if line.strip(BLANKS):
             yield f"{source}:{number}", line
         while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):  # the rest of a long one
             line = next(parts, b"")
@@ -569,6 +567,10 @@ def _object(record: bytes | object) -> dict:
             record = json.loads(text)
     if not isinstance(record, dict):
         raise CritiqueRMError(f"expected a JSON object, found {_shorten(record)}")
+    lists = [name for name, value in record.items() if isinstance(value, list) and value]
+    if lists == [*record] and not {*SIDES, "messages"} & {*lists} and isinstance(record[lists[0]][0], dict):
+        advice = f"put its items on lines with jq -c .{lists[0]}[]"
+        raise CritiqueRMError(f"an object that holds a list under {_shorten(lists[0])}; {advice}")
     return record
 
 
@@ -1083,8 +1085,8 @@ class Encoder:
     The chat template and the tokenizer are used as they are, on the data. But data never become
     control tokens (any added token, special or not): where a text spells one, an invisible
     character is put behind its first letter, so that `<|im_end|>` in a response stays ten letters.
-    The one exception is a reasoning block (`<think>…</think>`) with which an answer begins, if the
-    template looks for its marks.
+    The one exception are the marks of reasoning (`<think>…</think>`) with which an answer begins, if
+    the template looks for them.
 
     A sequence ends with exactly one end token (the template's own end of turn, else the eos token)
     and begins with at most one bos token (the template's). `keep_tail` leaves what a template
@@ -1123,6 +1125,8 @@ class Encoder:
         # their first letters alone are looked for first: Gemma 3 has 6,000 control tokens
         letters = "".join(sorted({re.escape(token[0]) for token in self.control_ids})) or "a"
         self._first_letter = re.compile(f"(?=[{letters}])(?={control})(.)", re.DOTALL)
+        closing = {token: f"{token[0]}/{token[1:]}" for token in self.control_ids}
+        self._reasoning_marks = [pair for pair in closing.items() if pair[1] in self.control_ids]
         # the token for unknown characters may come from any text
         self._control_values = {*self.control_ids.values()} - {tokenizer.unk_token_id}
         self._tail = cache(self._find_tail)
@@ -1133,14 +1137,16 @@ class Encoder:
         return self._first_letter.sub(rf"\1{BREAK}", text)
 
     def _hide_after_reasoning(self, text: str) -> str:
-        """The same, but for the marks of a reasoning block at the beginning."""
-        opening = self._control.match(text.lstrip())
-        closing = opening and f"{opening[0][0]}/{opening[0][1:]}"  # <think>, </think>; [THINK]
-        if closing not in self.control_ids or closing not in text:
-            return self._hide(text)
-        blank, _, rest = text.partition(opening[0])
-        thought, _, answer = rest.partition(closing)
-        return blank + opening[0] + self._hide(thought) + closing + self._hide(answer)
+        """The same, but for the marks of a reasoning block at the beginning; the first may lack."""
+        for opening, closing in self._reasoning_marks:
+            thought, found, answer = text.partition(closing)
+            blank = thought[: len(thought) - len(thought.lstrip())]
+            if thought.startswith(blank + opening):
+                blank += opening
+            thought = thought[len(blank) :]
+            if found and opening not in thought and SEPARATOR not in thought:  # no critique ends it
+                return blank + self._hide(thought) + closing + self._hide(answer)
+        return self._hide(text)
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation that ends with the assistant's message, as it is encoded."""
@@ -1212,7 +1218,7 @@ class Encoder:
                 f"the token {token!r} is {ids.max()}, the model has {self.n_embeddings}; take the "
                 "model's own tokenizer, or leave out what holds that token"
             )
-        if self.pad_id is not None:
+        if self.keep_tail and self.pad_id is not None:
             others = np.flatnonzero(ids != self.pad_id)
             ids = ids[: others[-1] + 1 if len(others) else 1]
         return ids
@@ -1773,6 +1779,10 @@ def read_weights(
             dcp.load({key: weights[name] for key, name in wanted.items()}, storage_reader=reader)
 
 
+def has_reward_head(folder: str) -> bool:
+    return "score.weight" in read_headers(find_weights(folder))
+
+
 def find_weights(folder: str) -> list[Path]:
     """The files that Transformers would read: model.safetensors, else what the index names."""
     whole, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
@@ -2042,6 +2052,8 @@ def choose_pad_token(config: PreTrainedConfig, encoder: Encoder) -> None:
     """
     tokenizer = encoder.tokenizer
     tokenizer.padding_side = "right"
+    if encoder.keep_tail:  # and it reads where its own class does
+        return
     wanted = [tokenizer.pad_token_id, tokenizer.unk_token_id, *encoder.control_ids.values()]
     pad = next((i for i in wanted if i not in (None, encoder.end_id)), None)
     config.pad_token_id = pad
@@ -2087,8 +2099,8 @@ def load_reward_model(
         load_tokenizer(folder),
         max_length_tokens or ours.get("max_length_tokens", longest),
         reads_critiques if use_critiques is None else use_critiques,
-        keep_tail=not ours,
-        pad_id=None if ours else config.pad_token_id,
+        keep_tail=ours.get("keep_tail", not ours),
+        pad_id=config.pad_token_id,
     )
     if ours and encoder.use_critiques != reads_critiques:
         how = "with" if reads_critiques else "without"

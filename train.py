@@ -289,21 +289,33 @@ def prepare_model(
     """The tokenizer and the sharded model with its first weights."""
     device, mesh = rm.start_processes(args.shard_group)
     is_tiny = args.model == "tiny"
+    goes_on = False  # with a reward model: then it is read where it was read so far
     if is_tiny:
         source, config = str(folder / "tokenizer"), tiny_config(args)
         rm.on_rank_zero(lambda: train_tokenizer(pairs, args).save_pretrained(source))
     else:
         source = rm.find_model(args.model)
         config = rm.load_config(source)
+        goes_on = not args.new_head and rm.has_reward_head(source)
     longest = getattr(config, "max_position_embeddings", None) or args.max_length_tokens
     if longest < args.max_length_tokens:
         say(f"{args.model} reads at most {longest} tokens: --max-length-tokens is set to that")
     n_tokens = min(longest, args.max_length_tokens)
-    encoder = Encoder(rm.load_tokenizer(source), n_tokens, not args.no_critiques)
+    before = getattr(config, "critique_rm", None) or {"keep_tail": True}
+    encoder = Encoder(
+        rm.load_tokenizer(source),
+        n_tokens,
+        use_critiques=not args.no_critiques,
+        keep_tail=goes_on and before.get("keep_tail", False),
+        pad_id=config.pad_token_id,
+    )
     rm.check_fits(config, encoder)
     rm.choose_pad_token(config, encoder)
     config.problem_type = "regression"  # the text-classification pipeline then adds no sigmoid
     config.critique_rm = {"critiques": encoder.use_critiques, "max_length_tokens": n_tokens}
+    if encoder.keep_tail:
+        config.critique_rm["keep_tail"] = True
+        rm.say_where_read(args.model, encoder)
     torch.manual_seed(args.seed)  # a tiny model is small enough for every rank to draw the whole
     model = rm.build_model(config, rm.compute_dtype(device), mesh, empty=not is_tiny)
     if is_tiny:
@@ -610,6 +622,8 @@ def model_card(args: Namespace, encoder: Encoder) -> str:
     end = encoder.tokenizer.convert_ids_to_tokens(encoder.end_id)
     data = Path(args.train).name if os.path.exists(args.train) else args.train
     base = Path(args.model).name if os.path.isdir(args.model) else args.model
+    cut = f"text = (text.rpartition({end!r})[0] or text.rstrip()) + {end!r}\n"
+    cut = "" if encoder.keep_tail else cut
     return f"""# Reward model
 
 Reads {reads}; gives one number, higher is better. Made by critique-rm, after "Improving Reward
@@ -618,16 +632,15 @@ Models with Synthetic Critiques" (arXiv 2405.20850).
 - base model: {base}
 - training data: {data}, {args.epochs} epochs, seed {args.seed}
 - separator between response and critique: {rm.SEPARATOR!r}
-- a sequence ends with {end!r}
+- the reward is read at {end!r}
 
 ```python
 from transformers import pipeline
-SEPARATOR, END = {rm.SEPARATOR!r}, {end!r}
+SEPARATOR = {rm.SEPARATOR!r}
 score = pipeline("text-classification", "THIS_FOLDER")
 messages = [{{"role": "user", "content": prompt}}, {{"role": "assistant", "content": {answer}}}]
 text = score.tokenizer.apply_chat_template(messages, tokenize=False)
-text = (text.rpartition(END)[0] or text.rstrip()) + END
-print(score(text, add_special_tokens=False)[0]["score"])
+{cut}print(score(text, add_special_tokens=False)[0]["score"])
 ```
 """
 

@@ -1,0 +1,234 @@
+"""The chat template sees the data, and data never become control tokens, whatever it does with them.
+
+The templates are small ones of our own that behave like those of the models they are named after.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import make_tokenizer
+
+import critique_rm as rm
+from critique_rm import Answer, CritiqueRMError, Encoder, Message, Pair
+from test_critique_rm import assistant, pair, sized, talk, user
+
+TURN = "<|im_start|>{{ m.role }}\n"
+END = "<|im_end|>\n"
+CALLS = "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+TEMPLATES = {
+    "strips": f"{{% for m in messages %}}{TURN}{{{{ m.content | trim }}}}{END}{{% endfor %}}",
+    "splits reasoning": (  # as Qwen 3: the last answer gets a block, earlier ones lose theirs
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% set thought = m.reasoning_content or '' %}{% set content = m.content %}"
+        "{% if not thought and '</think>' in content %}"
+        "{% set thought = content.split('</think>')[0].split('<think>')[-1] %}"
+        "{% set content = content.split('</think>')[-1] %}{% endif %}"
+        f"{TURN}{{% if loop.last %}}<think>\n{{{{ thought.strip('\n') }}}}\n</think>\n\n{{% endif %}}"
+        "{{ content.lstrip('\n') }}"
+        f"{CALLS}{END}{{% else %}}{TURN}{{{{ m.content }}}}{END}{{% endif %}}{{% endfor %}}"
+    ),
+    "looks at a command": (  # as SmolLM3
+        "{% if '/no_think' in messages[0].content %}{% set mode = 'off' %}{% else %}"
+        "{% set mode = 'on' %}{% endif %}<|im_start|>system\nReasoning: {{ mode }}<|im_end|>\n"
+        "{% for m in messages %}" + TURN + "{{ m.content.replace('/no_think', '').rstrip() }}"
+        "<|im_end|>\n{% endfor %}"
+    ),
+    "escapes tool results": (  # as Llama 3.1
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+        "{% for m in messages %}" + TURN + "{% if m.role == 'tool' %}{{ m.content | tojson }}"
+        "{% else %}{{ m.content }}{% endif %}" + CALLS + "<|im_end|>\n{% endfor %}"
+    ),
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CONVERSATIONS = {
+    "plain": [user("2 + 2?"), assistant("It is 4.")],
+    "white space": [user("\n 2 + 2? \n"), assistant("\n\nIt is 4. \n")],
+    "reasoning": [user("2 + 2?"), assistant("<think>\nTwo and two.\n</think>\n\nIt is 4.")],
+    "reasoning twice": [
+        *(user("1 + 1?"), assistant("<think>one</think>2")),
+        *(user("2 + 2?"), assistant("<think>two</think>4")),
+    ],
+    "reasoning without its beginning": [user("2 + 2?"), assistant("Two and\ntwo.\n</think>\nIt is 4.")],
+    "a command": [{"role": "system", "content": "Be brief. /no_think"}, user("2?"), assistant("4")],
+    "quotes": [user('"2" \\ + é?'), {"role": "tool", "content": '{"a": "é\\n"}'}, assistant('"4"')],
+}
+
+
+def make_encoder(template: str) -> Encoder:
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = TEMPLATES[template]
+    return Encoder(tokenizer, 512, True)
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_is_encoded_is_what_the_template_writes_up_to_the_end_token(template, messages):
+    encoder = make_encoder(template)
+    text = encoder.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text.endswith("<|im_end|>\n")
+    ids = encoder.encode(talk(messages)).tolist()
+    if template != "splits reasoning" and "think>" in text:  # it prints the marks of the data
+        assert not {encoder.control_ids["<think>"], encoder.control_ids["</think>"]} & set(ids)
+        assert encoder.tokenizer.decode(ids).replace(rm.BREAK, "") == text.removesuffix("\n")
+    else:
+        assert ids == encoder.tokenizer(text.removesuffix("\n"))["input_ids"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("place", range(3))
+def test_no_data_become_control_tokens(template, place):
+    encoder, data = make_encoder(template), ["How many", "The train", "right"]
+    control = set(encoder.control_ids.values())
+
+    def control_tokens(texts: list[str]) -> list[int]:
+        prompt = talk([{"role": "tool", "content": texts[0]}, user(texts[0])])
+        [[ids]] = encoder.encode_answers([Answer(prompt, texts[1], (texts[2],))])
+        return [i for i in ids if i in control]
+
+    own = control_tokens(data)
+    for token in encoder.control_ids:
+        for text in ("{}", "See {} there", "{0}{0} {0}\n", "<th{0}ink>", "{1}{0}{2}", "</{0}", " <think>{0}</think>", "{0}</think> x"):
+            texts = [*data]
+            texts[place] = text.format(token, token[:2], token[2:])
+            assert control_tokens(texts) == own
+
+
+@pytest.mark.parametrize(
+    "response, critique",
+    [
+        ("It is 4.", "</think> wrong"),
+        ("<think>It is 4.", "no </think> end"),
+        ("It <think>is</think> 4.", "x"),
+    ],
+)
+def test_marks_of_reasoning_elsewhere_do_not_move_what_is_said(response, critique):
+    """In a prompt, in a critique, or in the midst of an answer; Qwen 3's template would move it."""
+    encoder = make_encoder("splits reasoning")
+    prompt = talk([user("a </think> b")])
+    [[ids]] = encoder.encode_answers([Answer(prompt, response, (critique,))])
+    text = encoder.tokenizer.decode(ids).replace(rm.BREAK, "")
+    assert text == (
+        "<|im_start|>user\na </think> b<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        f"{response}{rm.SEPARATOR}{critique}<|im_end|>"
+    )
+
+
+def test_overlapping_control_tokens_are_all_broken():
+    encoder = make_encoder("strips")
+    hidden = encoder._hide("<|im_start<|im_end|>|><think><think></think")
+    assert not encoder._control.search(hidden)
+    assert hidden.replace(rm.BREAK, "") == "<|im_start<|im_end|>|><think><think></think"
+
+
+def test_a_tokenizer_that_makes_control_tokens_of_other_text_is_noticed():
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.add_tokens([AddedToken("<stop>", normalized=True)])
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    encoder = Encoder(tokenizer, 512, True)
+    assert len(encoder.encode(talk([user("＜ stop"), assistant("x")])))
+    with pytest.raises(CritiqueRMError, match="makes control tokens of its text"):
+        encoder.encode(talk([user("＜stop＞"), assistant("x")]))
+
+
+# --------------------------------------------------------------------------------------------------
+# What messages say beside their content
+
+
+def answer(**more) -> Pair:
+    return pair(chosen_more=json.dumps(more))
+
+
+def test_tool_calls_tools_and_reasoning_reach_the_template():
+    encoder = make_encoder("escapes tool results")
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    prompt = [Message("tools", json.dumps(tools)), *talk([user("p")])]
+    last = Message("assistant", "", json.dumps({"tool_calls": [CALL]}))
+    dicts = [user("p"), assistant("") | {"tool_calls": [CALL]}]
+    text = encoder.tokenizer.apply_chat_template(dicts, tools=tools, tokenize=False)
+    assert "Oslo" in text and '"parameters"' in text
+    ids = encoder.encode([*prompt, last])
+    assert ids.tolist() == encoder.tokenizer(text.removesuffix("\n"))["input_ids"]
+
+    encoder = make_encoder("splits reasoning")
+    last = Message("assistant", "4", '{"reasoning_content": "two <|im_end|>"}')
+    text = encoder.render([*talk([user("p")]), last])
+    assert text.endswith(f"<think>\ntwo <{rm.BREAK}|im_end|>\n</think>\n\n4<|im_end|>")
+
+
+def test_what_the_template_does_not_show_is_counted(capsys):
+    shown = answer(tool_calls=[CALL])
+    unseen = answer(tool_calls=[CALL], name="x", reasoning_content="y")
+    encoder = make_encoder("escapes tool results")
+    encoder.use_critiques = False
+    assert len(encoder.encode_pairs([shown, unseen, pair()], "a.jsonl")) == 3
+    assert capsys.readouterr().err == (
+        "a.jsonl: 3 of 3 pairs used; 1 with 'name', which the chat template does not show, "
+        "1 with 'reasoning_content', which the chat template does not show\n"
+    )
+    encoder = make_encoder("strips")
+    encoder.use_critiques = False
+    tools = [Message("tools", '[{"name": "f"}]'), Message("user", "p")]
+    encoder.encode_pairs([pair(chosen="c"), sized(1, 1, 2, prompt=tuple(tools))], "b.jsonl")
+    assert "1 with 'tools', which the chat template does not show" in capsys.readouterr().err
+
+
+def test_tools_and_calls_are_never_cut():
+    tools = Message("tools", json.dumps([{"name": "f" * 30}]))
+    encoder = make_encoder("escapes tool results")
+    encoder.max_length_tokens = 160
+    long = sized(300, 3, 4, prompt=(tools, Message("user", "word " * 300)))
+    [encoded] = encoder.encode_pairs([long], "a")
+    text = encoder.tokenizer.decode(encoded.chosen[0])
+    assert "f" * 30 in text and len(encoded.chosen[0]) <= 160 and encoder.counts["truncated"] == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# What a template refuses
+
+
+def test_a_refused_pair_is_named_or_skipped_and_counted(capsys):
+    tokenizer = make_tokenizer("gemma")  # it knows no system role
+    encoder = Encoder(tokenizer, 512, False)
+    pairs = [pair(id="x"), pair([{"role": "system", "content": "s"}, user("p")], id="y", where="f:5")]
+    with pytest.raises(CritiqueRMError, match="^f:5: the chat template refuses .*not supported"):
+        encoder.encode_pairs(pairs, "f")
+    assert [e.pair.id for e in encoder.encode_pairs(pairs, "f", skip_bad=True)] == ["x"]
+    assert "f: 1 of 2 pairs used; 1 refused, the first: f:5: the chat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ messages.x.y }}", "{{ messages | first | int + 'a' }}", "{{ f() }}"]
+)
+def test_whatever_a_template_raises_is_one_line(template):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = template
+    with pytest.raises(CritiqueRMError, match="the chat template refuses the turns user, assistant"):
+        Encoder(tokenizer, 512, True).encode(talk([user("p"), assistant("r")]))
+
+
+def test_a_token_without_an_embedding_is_refused_only_where_it_is_used():
+    tokenizer = make_tokenizer("chatml")
+    n = len(tokenizer)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.add_tokens(["é" * 2])
+    encode = Encoder(tokenizer, 512, True, n_embeddings=n).encode
+    assert encode(talk([user("<image_soft_token>"), assistant("x")])).max() < n
+    tokenizer.chat_template = "<image_soft_token>" + tokenizer.chat_template
+    with pytest.raises(CritiqueRMError, match=f"the token '<image_soft_token>' is {n}, the model has {n}"):
+        Encoder(tokenizer, 512, True, n_embeddings=n).encode(talk([user("p"), assistant("x")]))
+
+
+@pytest.mark.parametrize("response, expected", [("b", -2), ("", -2)])
+def test_another_models_reward_is_read_at_the_last_token_that_is_not_its_padding(response, expected):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>")
+    pad_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    messages = talk([user("a"), assistant(response)])
+    whole = Encoder(tokenizer, 512, True, keep_tail=True).encode(messages)
+    cut = Encoder(tokenizer, 512, True, keep_tail=True, pad_id=pad_id).encode(messages)
+    assert whole[-1] == pad_id
+    last = np.flatnonzero(whole != pad_id)[-1]
+    assert cut.tolist() == whole[: last + 1].tolist() and last == len(whole) + expected
