@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -90,6 +90,17 @@ def say_error(script: str, error: BaseException) -> None:
     rank = "" if os.environ.get("LOCAL_RANK", "0") == "0" else f"rank {os.environ['RANK']}: "
     if not rank or not isinstance(error, CritiqueRMError):
         print(f"{script}: {rank}{_first_line(error)}", file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process at once.
+
+    Threads of libraries may still run or wait for answers; at an ordinary exit they took seconds to
+    end, or one in some hundred ranks aborted ("terminate called without an active exception").
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def natural(text: str, least: int = 0) -> int:
@@ -188,10 +199,8 @@ MESSAGE_FIELDS = (  # what a message may say beside role and content; the chat t
 EMPTY = (None, "", [], {})  # a field with nothing in it is no field
 MAX_LINE_BYTES = 16 * 2**20
 CRITIQUE_FIELDS = ("chosen_critique", "rejected_critique", "chosen_feedback", "rejected_feedback")
-PROMPT_FIELDS = (  # where a prompt may stand: text, or a list of messages
-    *("prompt", "instruction", "input", "question", "query", "context", "conversations", "messages"),
-)
 ONLY_MESSAGES = ("context", "conversations", "messages")  # as text they may be half of a prompt
+PROMPT_FIELDS = ("prompt", "instruction", "input", "question", "query", *ONLY_MESSAGES)
 READ_FIELDS = (
     *("id", "subset", "margin", "system", "history", "tools", *SIDES, "response"),
     *("critique", *CRITIQUE_FIELDS, *PROMPT_FIELDS),
@@ -391,7 +400,7 @@ def group_pairs(pairs: Iterable[Pair]) -> list[list[Pair]]:
 
 def digest(*values: object) -> str:
     """A short stable hash of JSON-like values (64 bits as hex): for ids and to notice changes."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _without_more(prompt: Sequence[Message]) -> list[tuple]:
@@ -461,7 +470,7 @@ def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
         yield from _read_hub(source)
         return
     if os.path.isdir(source):
-        advice = "convert what save_to_disk wrote: load_from_disk(FOLDER)[SPLIT].to_json('pairs.jsonl')"
+        advice = "of what save_to_disk wrote: load_from_disk(FOLDER)[SPLIT].to_json('pairs.jsonl')"
         raise CritiqueRMError(f"{source}: a folder; {READABLE}; {advice}")
     problem = f"{source}: cannot be read; is the file complete?"
     with explain(problem, OSError, EOFError, zlib.error), open(source, "rb") as raw:
@@ -488,7 +497,9 @@ def _check_kind(source: str, start: bytes) -> None:
         raise CritiqueRMError(f"{source}: a table; {READABLE}; convert it: {TO_JSON_LINES}")
     first, newline, _ = start.partition(b"\n")
     if newline and first.strip() == b"{":
-        advice = "put each object on a line with jq -c . FILE, or the items of a list with jq -c .NAME[]"
+        advice = (
+            "put each object on a line with jq -c . FILE, or items of a list with jq -c .NAME[]"
+        )
         raise CritiqueRMError(f"{source}: a JSON object over several lines; {READABLE}; {advice}")
 
 
@@ -545,7 +556,8 @@ def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
 
 def _read_hub(source: str) -> Iterator[tuple[str, dict]]:
     name, _, split = source.partition(":")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or re.search(r"\.(jsonl?(\.gz)?|parquet)$", name):
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    if not is_name or re.search(r"\.(jsonl?(\.gz)?|parquet|csv|tsv)$", name):
         raise CritiqueRMError(f"{source}: no such file")
     advice = "to read it as a Hub data set run: pip install datasets"
     with explain(f"{source}: no such file; {advice}", ImportError):
@@ -567,11 +579,19 @@ def _object(record: bytes | object) -> dict:
             record = json.loads(text)
     if not isinstance(record, dict):
         raise CritiqueRMError(f"expected a JSON object, found {_shorten(record)}")
-    lists = [name for name, value in record.items() if isinstance(value, list) and value]
-    if lists == [*record] and not {*SIDES, "messages"} & {*lists} and isinstance(record[lists[0]][0], dict):
-        advice = f"put its items on lines with jq -c .{lists[0]}[]"
-        raise CritiqueRMError(f"an object that holds a list under {_shorten(lists[0])}; {advice}")
+    _check_is_row(record)
     return record
+
+
+def _check_is_row(record: dict) -> None:
+    """Refuses an object that holds all rows of a data set in a list, such as {"train": [...]}."""
+    for name, value in record.items():
+        is_list = isinstance(value, list) and value and isinstance(value[0], dict)
+        if not is_list or name in READ_FIELDS:
+            return
+    if record:
+        advice = f"put its items on lines with jq -c .{name}[]"
+        raise CritiqueRMError(f"an object that holds a list under {_shorten(name)}; {advice}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -791,17 +811,21 @@ def _prompt(
         names.remove("input")
     if len(names) > 1:
         raise CritiqueRMError(f"{names[0]!r} and {names[1]!r} could both be the prompt; keep one")
-    asked: tuple[Message, ...] = ()
-    for name in names:
-        if name in ONLY_MESSAGES and not isinstance(record.fields[name], list):
-            found = _shorten(record.fields[name])
-            raise CritiqueRMError(f"{name!r} is {found}; expected messages, or name it 'prompt'")
-        asked = check_messages(record.get(name), name, "user")
-        if name == "instruction" and "input" in record:
-            asked = (Message("user", asked[0].content + "\n\n" + record.text("input")),)
+    asked = _asked(record, names[0]) if names else ()
     if asked and asked[-1].role == "assistant" and not start:
         raise CritiqueRMError(f"{names[0]!r} ends with an answer; expected what is asked")
     return _join(_history(record) + asked, start)
+
+
+def _asked(record: Record, name: str) -> tuple[Message, ...]:
+    """What the field says that holds the prompt; Alpaca has it in two halves."""
+    value = record.get(name)
+    if name in ONLY_MESSAGES and not isinstance(value, list):
+        found = _shorten(value)
+        raise CritiqueRMError(f"{name!r} is {found}; expected messages, or name it 'prompt'")
+    if name == "instruction" and isinstance(value, str) and "input" in record:
+        value = "\n\n".join(filter(None, (value, record.text("input", may_be_empty=True))))
+    return check_messages(value, name, "user")
 
 
 def _required_prompt(record: Record) -> tuple[Message, ...]:
@@ -835,7 +859,7 @@ def _join(asked: tuple[Message, ...], start: tuple[Message, ...]) -> tuple[Messa
         return start
     if start[0].role == "assistant" or asked[-1].role in ("system", "developer"):
         return asked + start
-    raise CritiqueRMError("'prompt' is none of the messages before the response; remove one of them")
+    raise CritiqueRMError("'prompt' is none of the messages before the response; keep one of them")
 
 
 def _history(record: Record) -> tuple[Message, ...]:
@@ -843,7 +867,8 @@ def _history(record: Record) -> tuple[Message, ...]:
     turns = record.get("history") or []
     is_pairs = isinstance(turns, list) and all(isinstance(t, list) and len(t) == 2 for t in turns)
     if not is_pairs:
-        raise CritiqueRMError(f"'history' is {_shorten(turns)}; expected a list of [question, answer]")
+        expected = "expected a list of [question, answer]"
+        raise CritiqueRMError(f"'history' is {_shorten(turns)}; {expected}")
     messages = []
     for question, answer in turns:
         messages.append(Message("user", check_text(question, "history", may_be_empty=True)))
@@ -867,8 +892,8 @@ def _implicit_prompt(record: Record, sides: list) -> tuple[tuple[Message, ...], 
 
     Never where another field could be the prompt, and not where they share no whole word.
     """
-    known = {*SIDES, *CRITIQUE_FIELDS, "subset", "margin", "id"} | UNUSED_FIELDS
-    others = [name for name in record.unread - known if not isinstance(record.fields[name], int | float)]
+    unknown = record.unread - UNUSED_FIELDS - {*CRITIQUE_FIELDS, "subset", "margin", "id"}
+    others = [name for name in unknown if not isinstance(record.fields[name], int | float)]
     texts = [side[0][-1].content for side in sides]
     shared = os.path.commonprefix(texts)
     cut = re.match(r"(.*\s)?", shared, re.DOTALL)[0]
@@ -897,7 +922,8 @@ def _critiques_along(record: Record, side: str, n_responses: int | None) -> list
     if value in EMPTY:
         return [()] * n_responses
     if not isinstance(value, list) or len(value) != n_responses:
-        raise CritiqueRMError(f"{name!r} is {_shorten(value)}; expected a list of {n_responses}, one a response")
+        expected = f"expected a list of {n_responses}, one a response"
+        raise CritiqueRMError(f"{name!r} is {_shorten(value)}; {expected}")
     return [check_critiques(item, name) for item in value]
 
 
@@ -1013,7 +1039,7 @@ def _message(item: object, which: str) -> Message:
 def _text_part(part: object, which: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise CritiqueRMError(f"{which} has a part {_shorten(part)}; only those of type text are read")
+        raise CritiqueRMError(f"{which} has the part {_shorten(part)}; only text is read")
     return part["text"]
 
 
@@ -1364,9 +1390,10 @@ class Encoder:
                 messages = [*answer.prompt, answer.message]
                 without = [message.without(name) for message in messages if message.role != name]
                 try:
-                    shown |= self._apply_template(without, str) != self._apply_template(messages, str)
+                    text = self._apply_template(without, str)
                 except CritiqueRMError:
-                    shown = True  # without it, the template refuses them
+                    text = ""  # without it, the template refuses them
+                shown = shown or text != self._apply_template(messages, str)
             if not shown:
                 unseen.append(repr(name))
         return unseen
@@ -1632,14 +1659,14 @@ def load_config(folder: str) -> PreTrainedConfig:
         config = whole.get_text_config(decoder=True)
     for part in (whole, config):
         if getattr(part, "auto_map", None):
-            raise CritiqueRMError(f"{folder}: the model asks to run its own code; that is never done")
+            raise CritiqueRMError(f"{folder}: it asks to run its own code; that is never done")
         for name in ("quantization_config", "compression_config"):
             if getattr(part, name, None):
                 raise CritiqueRMError(f"{folder}: its config.json has a {name}; {DEQUANTISE}")
     if config is not whole:
         if config.model_type in TEXT_SIBLINGS:
             advice = f"take a text-only one, such as {TEXT_SIBLINGS[config.model_type]}"
-            raise CritiqueRMError(f"{folder}: a {whole.model_type} model, which also sees; {advice}")
+            raise CritiqueRMError(f"{folder}: {whole.model_type} models also see images; {advice}")
         say(f"{folder}: a {whole.model_type} model; the part that reads text is used")
         config.critique_rm = getattr(whole, "critique_rm", None)
         if config.pad_token_id is None:
@@ -1789,7 +1816,7 @@ def find_weights(folder: str) -> list[Path]:
     if whole.is_file():
         return [whole]
     if index.is_file():
-        with explain(f"{index}: damaged", OSError, ValueError, LookupError, TypeError, AttributeError):
+        with explain(f"{index}: damaged", Exception):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             paths = [Path(folder) / Path(name).name for name in names]
         for path in paths:
@@ -1818,12 +1845,13 @@ def read_headers(paths: Sequence[Path]) -> dict[str, Header]:
     """Shape and dtype of each tensor, by its key. Raises CritiqueRMError for quantised ones."""
     headers = {}
     for path in paths:
-        with explain(f"{path}: damaged safetensors", SafetensorError, OSError), safe_open(path, "pt") as file:
+        with explain(f"{path}: damaged safetensors", Exception), safe_open(path, "pt") as file:
             for key in file.keys():
                 stored = file.get_slice(key)
-                headers[key] = Header(tuple(stored.get_shape()), stored.get_dtype())
-                if key.endswith(".weight") and headers[key].dtype not in ("F64", "F32", "F16", "BF16"):
-                    raise CritiqueRMError(f"{path}: {key} is {headers[key].dtype}; {DEQUANTISE}")
+                shape, dtype = stored.get_shape(), stored.get_dtype()
+                if key.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise CritiqueRMError(f"{path}: {key} is {dtype}; {DEQUANTISE}")
+                headers[key] = Header(tuple(shape), dtype)
     return headers
 
 
@@ -1853,21 +1881,30 @@ def _check_stored(
             f"{', '.join(missing[:3])}; "
             + ("it has no reward head" if lacks_head else "its keys do not match")
         )
-    unused = [key for key in stored if key not in wanted and not key.startswith("lm_head.")]
-    known = [*(model._keys_to_ignore_on_load_unexpected or ()), *OLD_BUFFERS]
-    unused = [key for key in unused if not any(re.search(pattern, key) for pattern in known)]
-    others = [key for key in unused if not key.startswith((prefix, "score."))]
-    if strange := [key for key in unused if key not in others and not (new_head and "score." in key)]:
+    known = [*(model._keys_to_ignore_on_load_unexpected or ()), *KNOWN_UNUSED_KEYS]
+    known += ["^score\\."] if new_head else []
+    misread, others = [], []
+    for key in stored:
+        if key in wanted or any(re.search(pattern, key) for pattern in known):
+            continue
+        (misread if key.startswith((prefix, "score.")) else others).append(key)
+    if misread:
+        some = ", ".join(misread[:3])
         raise CritiqueRMError(
-            f"{folder}: {len(strange)} of its weights have no place in {type(model).__name__}, such "
-            f"as {', '.join(strange[:3])}; if they are scales, {DEQUANTISE}"
+            f"{folder}: {len(misread)} of its weights have no place in {type(model).__name__}, such "
+            f"as {some}; if they are scales, {DEQUANTISE}"
         )
     if others:
         some = ", ".join(others[:3])
         say(f"{folder}: {len(others)} tensors do not belong to a reward model, not read: {some}")
 
 
-OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
+# The head of a language model, and buffers that older versions of Transformers saved.
+KNOWN_UNUSED_KEYS = (
+    r"^lm_head\.",
+    r"rotary_emb\.inv_freq$",
+    r"\.(attn|attention)\.(masked_)?bias$",
+)
 
 
 def fill_buffers(model: PreTrainedModel) -> None:
@@ -1952,11 +1989,11 @@ def number_files(tensors: dict[str, Tensor], n_bytes: int) -> dict[str, int]:
 
 
 def shares_prefixes(model: PreTrainedModel, longest: int) -> bool:
-    """Whether rewards of tries in one row equal those of each sequence alone, up to `longest` tokens.
+    """Whether rewards of tries equal those of each sequence alone, up to `longest` tokens.
 
     Found by trying, not by names: the hidden states of a short sequence, and of one as long as the
-    longest that may come, are computed alone, as the model's own class does, then as two branches of
-    one trie beside another trie. Recurrent models, those that count positions (ALiBi) or make masks
+    longest that may come, are computed alone, as the model's own class does, then as two branches
+    of one trie beside another. Recurrent models, those that count positions (ALiBi) or make masks
     of their own differ; they read one sequence per row. A collective call, once for a length.
 
     Raises CritiqueRMError for a model in which the other rows of a batch change a reward as well:

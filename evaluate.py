@@ -25,7 +25,6 @@ import argparse
 import base64
 import io
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -366,7 +365,9 @@ def measure_curve(test: str, runs: Runs, seed: int) -> list[Point]:
         if critiques != "none" and len(plain) > 1:
             worth = measure_worth(values, size, plain)
         counts = len(runs[critiques, size]), len(first)
-        points.append(Point(test, critiques, size, *counts, float(values[0]), low, high, more, worth))
+        points.append(
+            Point(test, critiques, size, *counts, float(values[0]), low, high, more, worth)
+        )
     return points
 
 
@@ -380,7 +381,9 @@ def measure_worth(values: np.ndarray, n_pairs: int, plain: dict[int, np.ndarray]
     sizes, curves = list(plain), np.stack(list(plain.values()), 1)  # (1 + N_RESAMPLES, points)
     found = [equal_pairs(value, sizes, curve) / n_pairs for value, curve in zip(values, curves)]
     limits = sizes[0] / n_pairs, sizes[-1] / n_pairs
-    return "{} ({} to {})".format(*(show_worth(x, *limits) for x in middle(found, method="nearest")))
+    return "{} ({} to {})".format(
+        *(show_worth(x, *limits) for x in middle(found, method="nearest"))
+    )
 
 
 def equal_pairs(accuracy: float, sizes: Sequence[int], curve: np.ndarray) -> float:
@@ -892,4 +895,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    rm.leave(main())

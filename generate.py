@@ -44,7 +44,16 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
 from critique_rm import Answer, CritiqueRMError, Message, Pair
-from critique_rm import digest, group_pairs, positive_int, read_pairs, replace_file, say, sync_folder
+from critique_rm import (
+    digest,
+    group_pairs,
+    leave,
+    positive_int,
+    read_pairs,
+    replace_file,
+    say,
+    sync_folder,
+)
 
 INSTRUCTIONS = {
     "critique": """\
@@ -100,8 +109,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, metavar="T", help="None: the endpoint's own")
     add("--max-tokens", type=positive_int, default=512, metavar="N", help="of one answer")
     add("--extra-body", type=json.loads, default={}, metavar="JSON", help="more request fields")
-    add("--header", type=header, action="append", default=[], metavar="NAME:VALUE",
-        help="another header; a secret as 'NAME:$VARIABLE', read from the environment")
+    add(
+        "--header",
+        type=header,
+        action="append",
+        default=[],
+        metavar="NAME:VALUE",
+        help="another header; a secret as 'NAME:$VARIABLE', read from the environment",
+    )
     add = parser.add_argument_group("run").add_argument
     add("--workers", type=positive_int, default=16, metavar="N", help="calls at a time")
     add("--max-retries", type=positive_int, default=8, metavar="N", help="more tries of one call")
@@ -618,8 +633,10 @@ def report_position_bias(rows: list[dict]) -> None:
     both = [tuple(row["verdicts"].values()) for row in rows if all(row["verdicts"].values())]
     n_first = sum((first == "chosen") + (second == "rejected") for first, second in both)
     n_turned = sum(first != second for first, second in both)
-    say(f"position bias: {n_first} of {2 * len(both)} verdicts are for the response shown first; "
-        f"{n_turned} of {len(both)} pairs turn with the order")
+    say(
+        f"position bias: {n_first} of {2 * len(both)} verdicts are for the response shown first; "
+        f"{n_turned} of {len(both)} pairs turn with the order"
+    )
 
 
 def report_failures(calls: list[Call], failures: dict[str, Failed], path: str) -> int:
@@ -701,6 +718,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # at once: workers may still wait for answers, and libraries take long to leave
+    leave(main())

@@ -23,13 +23,11 @@ import resource
 import secrets
 import shutil
 import signal
-import sys
 import time
 import zlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -852,4 +850,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    rm.leave(main())

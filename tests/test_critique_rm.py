@@ -90,7 +90,7 @@ FORMATS = {
         pair("The sky is ", "blue.", "black."),
     ),
     "TRL, implicit, chat": (WHOLE, pair(TALKED)),
-    "UltraFeedback": (WHOLE | {"prompt": "p"} | ULTRA, pair(TALKED)),
+    "UltraFeedback-binarized": (WHOLE | {"prompt": "p"} | ULTRA, pair(TALKED)),
     "HH-RLHF": (
         {"id": "a", "chosen": HH + "c\n\nmore", "rejected": HH + "r"},
         pair(TALKED, "c\n\nmore"),

@@ -136,6 +136,15 @@ def test_subsets_have_rows_and_names_cannot_break_the_table():
     assert "| reward model | a\\|b | 1 | 1.0000 |" in evaluate.to_markdown(rows)
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\r\n| x |", "\t", "a\x1b[31m", "\u2028"])
+def test_whatever_a_subset_is_called_a_row_is_a_line_of_equal_columns(name):
+    table = evaluate.to_markdown(evaluate.tabulate([score(0, 1.0, name), score(1, -1.0, "c")]))
+    lines = table.splitlines()
+    assert len(lines) == 2 + 2 * 3
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {8}
+    assert all(line.isprintable() for line in lines)
+
+
 def test_a_sign_flip_by_hand():
     """Of the 16 signs of four prompts that differ by 1 in one direction, two are as far from zero."""
     prompts = [str(n) for n in range(6)]

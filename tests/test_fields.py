@@ -23,10 +23,11 @@ READ = {  # name: (record, the pair written by hand)
     "query": (BARE | {"query": "p"}, pair()),
     "input alone": (BARE | {"input": "p"}, pair()),
     "instruction": (BARE | {"instruction": "p", "input": ""}, pair()),
-    "instruction and input": (BARE | {"instruction": "p", "input": "q"}, pair("p\n\nq")),
+    "LLaMA-Factory, Alpaca": (BARE | {"instruction": "p", "input": "q"}, pair("p\n\nq")),
+    "an instruction of blanks": (BARE | {"instruction": " ", "input": "q"}, pair(" \n\nq")),
     "context of messages": (BARE | {"context": [user("p")]}, pair()),
     "messages": (BARE | {"messages": [user("p")]}, pair()),
-    "ShareGPT": (
+    "LLaMA-Factory, ShareGPT": (
         BARE
         | {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "p"}]}
         | {"chosen": {"from": "gpt", "value": "c"}, "rejected": {"from": "gpt", "value": "r"}},
@@ -63,6 +64,17 @@ READ = {  # name: (record, the pair written by hand)
     "parts of text": (
         PLAIN | {"prompt": [{"role": "user", "content": [{"type": "text", "text": t} for t in "pq"]}]},
         pair("pq"),
+    ),
+    "RewardBench 2": (
+        PLAIN
+        | {"id": 3, "subset": "Focus", "chosen": ["c"], "rejected": ["r"], "num_correct": 1}
+        | {"num_incorrect": 1, "total_completions": 2, "models": ["m", "n"]}
+        | {"additional_metadata": {"category": "x"}},
+        pair(id="3/1-1", group="3", subset="Focus"),
+    ),
+    "RM-Bench": (
+        PLAIN | {"id": 9, "domain": "chat", "chosen": ["c"], "rejected": ["r"]},
+        pair(id="9/1-1", group="9", subset="chat"),
     ),
     "fields that are null": (PLAIN | {"question": None, "tools": None, "foo": None}, pair()),
     "UltraFeedback's prompt, not the first message": (

@@ -263,6 +263,51 @@ def test_output_reads_back_as_the_same_pairs_in_the_same_order(serve, run):
     assert read_rows()[0].keys() - rows[0].keys() == {"chosen_critique", "rejected_critique"}
 
 
+def test_lists_of_responses_are_asked_about_once_each_and_written_back_as_lists(serve, run):
+    rows = [
+        {"id": 7, "subset": "s", "prompt": "Q", "chosen": ["c", "d"], "rejected": ["r", "s", "t"]},
+        {"prompt": "P", "chosen": ["c"], "rejected": ["r", "s"]},
+        {"id": "z", "prompt": "Q", "chosen": "c", "rejected": "u"},
+    ]
+    write_rows(rows)
+    server = serve()
+    result = run(server, "--n-critiques", "2")
+    assert result.code == 0 and server.n_requests == 2 * (5 + 3 + 1)  # z's "c" is known
+    out = read_rows()
+    assert [row["chosen"] for row in out] == [["c", "d"], ["c"], "c"]
+    assert [row["rejected"] for row in out] == [["r", "s", "t"], ["r", "s"], "u"]
+    assert out[0]["rejected_critique"][2] == [critique_of(question("Q", "t"))] * 2
+    for old, new in zip(read_pairs("pairs.jsonl"), read_pairs("out.jsonl"), strict=True):
+        expected = [(critique_of(question(old.prompt[0].content, a.response)),) * 2 for a in old.answers]
+        assert new == replace(old, chosen_critiques=expected[0], rejected_critiques=expected[1])
+
+
+def test_a_list_with_a_critique_missing_reads_back(serve, run):
+    write_rows([{"id": "a", "prompt": "Q", "chosen": ["c"], "rejected": ["r", "s"]}])
+
+    def refuse_one(request: Request, number: int) -> Reply:
+        return completion("") if "\ns\n" in request.text else echo(request)
+
+    assert run(serve(refuse_one)).code == 1
+    first, second = read_pairs("out.jsonl")
+    assert len(first.rejected_critiques) == 1 and second.rejected_critiques == ()
+    assert read_rows()[0]["rejected_critique"] == [critique_of(question("Q", "r")), None]
+
+
+def test_tools_and_tool_calls_are_shown_and_written_back(serve, run):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    chosen = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    write_rows([{"id": "a", "prompt": "Q", "tools": tools, "chosen": chosen, "rejected": "r"}])
+    server = serve()
+    assert run(server).code == 0
+    texts = [request.text for request in server.requests]
+    assert all('=== TOOLS ===\n[{"type": "function"' in text for text in texts)
+    assert [text.count('"city": "Oslo"') for text in sorted(texts, key=len)] == [0, 1]
+    (old,), (new,) = read_pairs("pairs.jsonl"), read_pairs("out.jsonl")
+    assert replace(new, chosen_critiques=(), rejected_critiques=()) == old
+
+
 @pytest.mark.parametrize(
     "base, expected",
     [

@@ -279,7 +279,7 @@ def test_the_text_part_of_a_model_that_sees_is_a_text_model(tmp_path, mesh, caps
 
 def test_a_model_without_a_text_class_is_told_which_to_take(tmp_path):
     transformers.Qwen2_5_VLConfig().save_pretrained(tmp_path)
-    with pytest.raises(CritiqueRMError, match="qwen2_5_vl .*take a text-only one, such as Qwen/Qwen2.5"):
+    with pytest.raises(CritiqueRMError, match="qwen2_5_vl models .*take a text-only one, such as Qwen/Qwen2.5"):
         rm.load_config(str(tmp_path))
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import critique_rm
+import test_critique_rm
+import test_fields
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train", "generate", "evaluate")
 
@@ -38,6 +42,15 @@ def test_files_named_in_the_readme_exist():
     table = re.findall(r"^\| `([^`]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     names = [name for name in table if re.fullmatch(r"[\w./]+(\.py|/)", name)]
     assert names and all((ROOT / name).exists() for name in names)
+
+
+def test_the_readme_names_each_format_that_is_read():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    sentence = re.search(r"in the formats of (.*?) or ours:", text)[1]
+    without_details = re.sub(r" \(.*?\)", "", sentence)
+    named = {name for name in re.split(", ?", without_details) if name}
+    tested = {name.partition(",")[0] for name in {**test_critique_rm.FORMATS, **test_fields.READ}}
+    assert {*critique_rm.LABELLED} <= named <= tested
 
 
 @pytest.mark.parametrize("name", ["bench_generate", "bench_speed", "kill_generate", "kill_train"])
