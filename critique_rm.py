@@ -69,8 +69,8 @@ def explain(problem: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).partition("; use sys.")[0].strip()  # what follows advises programmers
-    line = next(iter(text.splitlines()), type(error).__name__)
+    text = str(error).partition("; use sys.")[0]  # what follows advises programmers
+    line = " ".join(text.split()) or type(error).__name__
     return line if len(line) <= 300 else line[:297] + "..."
 
 
@@ -177,6 +177,8 @@ class Pair:
     subset: str = ""
     margin: float = 0.0
     group: str = ""
+    chosen_index: int = 0  # in the lists of the group
+    rejected_index: int = 0
     chosen_more: str = ""  # as in a Message
     rejected_more: str = ""
     where: str = field(default="", compare=False)  # file and line, for messages
@@ -210,11 +212,13 @@ CRITIQUES_MISSING = "run generate.py on it first, or pass --no-critiques"
 # again. All others that are not read are named on stderr.
 UNUSED_FIELDS = frozenset(
     """
-    additional_metadata agreement category chosen_model chosen_rating chosen_score cmp_key created
-    dataset domain index individual_preference judge lang language length meta metadata model models
-    motivation_app num_correct num_incorrect original_chosen original_id original_rejected
-    preference_strength prompt_id rejected_model rejected_rating rejected_score response_model
-    score_chosen score_rejected source split task_id timestamp total_completions turn url weight
+    additional_metadata agreement annotations category chosen_model chosen_rating chosen_score
+    cmp_key correct_answers created custom_system_prompt dataset domain fine-grained_score flaw
+    incorrect_answers index individual_preference judge lang language length meta metadata model
+    models motivation_app num_correct num_incorrect original_chosen original_id original_rejected
+    overall_score preference_strength principle prompt_id rejected_model rejected_rating
+    rejected_score response_model score_chosen score_rejected source split task_id timestamp
+    total_completions url
     """.split()
 )
 
@@ -231,9 +235,9 @@ class Notes:
         for sentence, n in self.sentences.items():
             say(f"{source}: {sentence.format(n=n)}")
         found = []
-        for name, n in self.ignored.most_common(20):
+        for name, n in sorted(self.ignored.items()):
             meant = difflib.get_close_matches(name, READ_FIELDS, 1, 0.85)
-            hint = f"; is {meant[0]!r} meant?" if meant else ""
+            hint = f"; is {meant[0]!r} meant?" if meant not in ([], [name]) else ""
             found.append(f"{_shorten(name)} ({n} records{hint})")
         if found:
             say(f"{source}: ignored: {', '.join(found)}")
@@ -309,7 +313,7 @@ def read_pairs(source: str, skip_bad: bool = False, critiques: str | None = None
     if not pairs:
         raise CritiqueRMError(f"{source}: no preference pair in it; expected a JSON object a line")
     pairs = _with_unique_ids(pairs, source)
-    return _replace_critiques(pairs, critiques, source) if critiques else pairs
+    return _replace_critiques(pairs, critiques, source, skip_bad) if critiques else pairs
 
 
 def read_answers(source: str, skip_bad: bool = False) -> list[Answer]:
@@ -323,27 +327,28 @@ def read_answers(source: str, skip_bad: bool = False) -> list[Answer]:
     return answers
 
 
-def _replace_critiques(pairs: list[Pair], source: str, about: str) -> list[Pair]:
+def _replace_critiques(
+    pairs: list[Pair], source: str, about: str, skip_bad: bool
+) -> list[Pair]:
     """Takes critiques from another file, by id and texts, else by prompt and response alone."""
     notes = Notes()
-    of_pair: dict[tuple, tuple] = {}  # two data sets may use one id
-    of_answer: dict[tuple, tuple[str, ...]] = {}
-    for _, (reviewed_pairs, answers) in read_rows(
-        source, lambda *row: _parse_critiques(Record(*row, notes))
-    ):
+    found: dict[tuple, tuple[str, ...]] = {}
+    rows = read_rows(source, lambda *row: _parse_critiques(Record(*row, notes)), skip_bad)
+    for _, (reviewed_pairs, answers) in rows:
         for pair in reviewed_pairs:
-            of_pair[_pair_key(pair)] = (pair.chosen_critiques, pair.rejected_critiques)
+            for side, answer in zip(SIDES, pair.answers):
+                _add_critiques(found, (side, *_pair_key(pair)), answer.critiques)
         for answer in answers:
-            key = _answer_key(answer)
-            known = of_answer.get(key, ())
-            of_answer[key] = known + tuple(c for c in answer.critiques if c not in known)
+            _add_critiques(found, _answer_key(answer), answer.critiques)
     notes.say(source)
     replaced, n_found = [], 0
     for pair in pairs:
-        by_text = tuple(of_answer.get(_answer_key(answer), ()) for answer in pair.answers)
-        chosen, rejected = of_pair.get(_pair_key(pair), by_text)
-        n_found += bool(chosen) + bool(rejected)
-        replaced.append(replace(pair, chosen_critiques=chosen, rejected_critiques=rejected))
+        critiques = {}
+        for side, answer in zip(SIDES, pair.answers):
+            by_id = found.get((side, *_pair_key(pair)))
+            critiques[f"{side}_critiques"] = by_id or found.get(_answer_key(answer), ())
+        n_found += sum(map(bool, critiques.values()))
+        replaced.append(replace(pair, **critiques))
     if not n_found:
         advice = "it must hold their texts, as generate.py writes them"
         raise CritiqueRMError(f"{source}: no critique in it is of a response of {about}; {advice}")
@@ -351,7 +356,14 @@ def _replace_critiques(pairs: list[Pair], source: str, about: str) -> list[Pair]
     return replaced
 
 
+def _add_critiques(found: dict, key: tuple, critiques: tuple[str, ...]) -> None:
+    """Adds critiques of a pair's side or of a response to those that are there, each once."""
+    known = found.get(key, ())
+    found[key] = known + tuple(critique for critique in critiques if critique not in known)
+
+
 def _pair_key(pair: Pair) -> tuple:
+    """Id and texts, since two data sets may use one id."""
     return pair.id, pair.prompt, pair.chosen, pair.rejected, pair.chosen_more, pair.rejected_more
 
 
@@ -418,7 +430,7 @@ def digest_pair(pair: Pair) -> str:
     said = {}
     for item in fields(pair):
         value = getattr(pair, item.name)
-        is_late = item.name in ("group", "chosen_more", "rejected_more")  # as in _without_more
+        is_late = item.name.endswith(("group", "_index", "_more"))  # as in _without_more
         if item.compare and (value or not is_late):
             said[item.name] = value
     return digest(said | {"prompt": _without_more(pair.prompt)})
@@ -575,7 +587,8 @@ def _object(record: bytes | object) -> dict:
             raise CritiqueRMError("line longer than 16 MB; shorten or remove it")
         with explain("not UTF-8 text; expected a JSON object", UnicodeDecodeError):
             text = record.decode("utf-8-sig")
-        with explain("not valid JSON; correct or remove it", ValueError, RecursionError):
+        problem = f"not valid JSON; correct or remove it ({READABLE})"
+        with explain(problem, ValueError, RecursionError):
             record = json.loads(text)
     if not isinstance(record, dict):
         raise CritiqueRMError(f"expected a JSON object, found {_shorten(record)}")
@@ -754,6 +767,8 @@ def _read_preference(record: Record) -> list[Pair]:
                     subset=subset,
                     margin=margin,
                     group=group,
+                    chosen_index=i,
+                    rejected_index=j,
                     chosen_more=chosen[-1].more,
                     rejected_more=rejected[-1].more,
                     where=record.where,
@@ -807,14 +822,17 @@ def _prompt(
             names.remove("messages")
     if not names and "prompt" in record.fields and not start:
         names = ["prompt"]  # there, but empty: refused as such
-    if {"instruction", "input"} <= set(names):  # Alpaca's two halves of a prompt
-        names.remove("input")
+    if isinstance(record.fields.get("instruction"), str) and "input" in names[1:]:
+        names.remove("input")  # Alpaca's second half of a prompt
     if len(names) > 1:
         raise CritiqueRMError(f"{names[0]!r} and {names[1]!r} could both be the prompt; keep one")
     asked = _asked(record, names[0]) if names else ()
+    if history := _history(record):
+        n_first = sum(message.role in ("system", "developer") for message in asked[:1])
+        asked = asked[:n_first] + history + asked[n_first:]
     if asked and asked[-1].role == "assistant" and not start:
-        raise CritiqueRMError(f"{names[0]!r} ends with an answer; expected what is asked")
-    return _join(_history(record) + asked, start)
+        raise CritiqueRMError(f"{[*names, 'history'][0]!r} ends with an answer, not a question")
+    return _join(asked, start)
 
 
 def _asked(record: Record, name: str) -> tuple[Message, ...]:
@@ -884,7 +902,7 @@ def _tools(record: Record) -> Message:
             tools = json.loads(tools)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise CritiqueRMError(f"'tools' is {_shorten(tools)}; expected a list of functions")
-    return Message("tools", to_json(tools))
+    return Message("tools", _more_text(tools, "tools"))
 
 
 def _implicit_prompt(record: Record, sides: list) -> tuple[tuple[Message, ...], list]:
@@ -930,7 +948,7 @@ def _critiques_along(record: Record, side: str, n_responses: int | None) -> list
 def _margin(record: Record) -> float:
     value = record.get("margin")
     try:
-        margin = 0.0 if value is None else float(value)
+        margin = 0.0 if value is None else float(math.nan if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):
@@ -966,6 +984,7 @@ def _parse_critiques(record: Record) -> tuple[list[Pair], list[Answer]]:
         for n in (1, 2):
             critiques = _without_grade(record, record.critiques(f"feedback{n}"))
             answers.append(Answer(prompt, record.text(f"response{n}", True), critiques))
+        record.finish()
         return [], answers
     pairs = _parse_pairs(record)
     return pairs, [answer for pair in pairs for answer in pair.answers]
@@ -974,11 +993,15 @@ def _parse_critiques(record: Record) -> tuple[list[Pair], list[Answer]]:
 def _completions(record: Record) -> list[Answer]:
     """UltraFeedback's responses to one instruction, each with a critique."""
     prompt, answers = _required_prompt(record), []
-    for number, item in enumerate(record.get("completions"), 1):
-        if not isinstance(item, dict) or "response" not in item:
-            raise CritiqueRMError(f"completion {number} has no 'response'")
-        response = check_text(item["response"], "response", may_be_empty=True)
-        answers.append(Answer(prompt, response, check_critiques(item.get("critique"), "critique")))
+    completions = record.get("completions")
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
+        raise CritiqueRMError(f"'completions' is {_shorten(completions)}; expected a list of objects")
+    for item in completions:
+        completion = Record(record.where, item, record.notes)
+        response = completion.text("response", may_be_empty=True)
+        answers.append(Answer(prompt, response, completion.critiques("critique")))
+        completion.finish()
+    record.finish()
     return answers
 
 
@@ -1018,8 +1041,9 @@ def _message(item: object, which: str) -> Message:
         raise CritiqueRMError(f"{which} is {_shorten(item)}; expected {expected}")
     if "from" in item and "role" not in item:
         role = item["from"]
-        item = {"role": SHAREGPT_ROLES.get(str(role), role), "content": item.get("value"), **item}
-        del item["from"], item["value"]
+        item = {"role": SHAREGPT_ROLES.get(str(role), role), "content": item.get("value")} | {
+            name: value for name, value in item.items() if name not in ("from", "value")
+        }
     role, content = item.get("role"), item.get("content")
     if not isinstance(role, str) or role not in ROLES or "content" not in item:
         raise CritiqueRMError(f"{which} is {_shorten(item)}; expected {expected}")
@@ -1033,14 +1057,21 @@ def _message(item: object, which: str) -> Message:
     if content is None and more:
         content = ""  # as OpenAI writes a message that only calls tools
     content = check_text(content, "content", may_be_empty=True)
-    return Message(role, content, to_json(_parse_arguments(more)) if more else "")
+    return Message(role, content, _more_text(_parse_arguments(more), which) if more else "")
+
+
+def _more_text(value: object, which: str) -> str:
+    """The JSON text of what stands beside a content."""
+    with explain(f"{which} holds what is no JSON", ValueError, TypeError, RecursionError):
+        text = to_json(value)
+    return check_text(text, which)
 
 
 def _text_part(part: object, which: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text" or not isinstance(part.get("text"), str):
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    if not is_text or not {"type", "text"} >= part.keys() - {"cache_control", "annotations"}:
         raise CritiqueRMError(f"{which} has the part {_shorten(part)}; only text is read")
-    return part["text"]
+    return check_text(part.get("text"), "text", may_be_empty=True)
 
 
 def _parse_arguments(more: dict) -> dict:
@@ -1054,7 +1085,8 @@ def _parse_arguments(more: dict) -> dict:
         arguments = function.get("arguments") if isinstance(function, dict) else None
         if isinstance(arguments, str):
             with suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
+                parsed_arguments = json.loads(arguments)
+                arguments = parsed_arguments if isinstance(parsed_arguments, dict) else arguments
             call = call | {"function": function | {"arguments": arguments}}
         parsed.append(call)
     return more | {"tool_calls": parsed}
@@ -1776,6 +1808,9 @@ def read_weights(
     that do not match, and for weights of the trunk or the head that the model has no place for.
     """
     paths = find_weights(folder)
+    others = {path.name for path in Path(folder).glob("*.safetensors")} - {p.name for p in paths}
+    if others:
+        say(f"{folder}: not read, as Transformers would not: {', '.join(sorted(others))}")
     stored = read_headers(paths)
     weights = model.state_dict()
     trunk = {name: p for name, p in weights.items() if not name.startswith("score.")}
@@ -1796,7 +1831,8 @@ def read_weights(
     for key, name in wanted.items():
         found, expected = list(stored[key].shape), list(weights[name].shape)
         if found != expected:
-            hint = "; --new-head draws another" if name == "score.weight" else ""
+            can_draw = name == "score.weight" and head_seed is not None
+            hint = "; --new-head draws another" if can_draw else ""
             raise CritiqueRMError(f"{folder}: {key} is {found}, expected {expected}{hint}")
     with tempfile.TemporaryDirectory() as links:  # the reader takes every file of a folder
         for path in paths:
@@ -1825,8 +1861,8 @@ def find_weights(folder: str) -> list[Path]:
         return paths
     if others := sorted(path.name for path in Path(folder).glob("*.safetensors")):
         raise CritiqueRMError(
-            f"{folder}: no model.safetensors and no index, but {', '.join(others[:3])}; rename the "
-            "one that is meant to model.safetensors"
+            f"{folder}: {', '.join(others[:3])}, but neither model.safetensors nor its index; name "
+            "the one that is meant model.safetensors, or add the index of its parts"
         )
     raise CritiqueRMError(
         f"{folder}: no *.safetensors file; convert pickled weights elsewhere with "
@@ -1849,7 +1885,7 @@ def read_headers(paths: Sequence[Path]) -> dict[str, Header]:
             for key in file.keys():
                 stored = file.get_slice(key)
                 shape, dtype = stored.get_shape(), stored.get_dtype()
-                if key.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+                if key.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
                     raise CritiqueRMError(f"{path}: {key} is {dtype}; {DEQUANTISE}")
                 headers[key] = Header(tuple(shape), dtype)
     return headers
@@ -1892,7 +1928,7 @@ def _check_stored(
         some = ", ".join(misread[:3])
         raise CritiqueRMError(
             f"{folder}: {len(misread)} of its weights have no place in {type(model).__name__}, such "
-            f"as {some}; if they are scales, {DEQUANTISE}"
+            f"as {some}; is config.json that of another model? If they are scales, {DEQUANTISE}"
         )
     if others:
         some = ", ".join(others[:3])
@@ -2025,24 +2061,29 @@ def _is_exact(model: PreTrainedModel, longest: int, share: bool) -> bool:
     rng = np.random.default_rng(0)
     last_id = model.config.vocab_size - 1
     start, filler = rng.integers(3, last_id, 10), rng.integers(3, last_id, longest - 5)
-    # the long branch comes first, so that the short one stands far from what both begin with
+    # The long branch comes first, so that the short one stands far from what both begin with, and
+    # before both another sequence, so that what counts keys or columns counts too many.
     long = np.concatenate([start[:4], [3], filler]).astype(np.int32)
     short = np.concatenate([start[:4], [last_id], start[4:6]]).astype(np.int32)
-    sequences = [short, long, start[6:].astype(np.int32)]
-    tries = [*build_tries(sequences[:2], [0, 1], share), build_trie(sequences[2:], [2])]
+    other = np.concatenate([start[6:], filler[: len(filler) // 2]]).astype(np.int32)
+    sequences = [short, long, other]
+    tries = [build_trie([other], [2]), *build_tries([short, long], [0, 1], share)]
     batch = collate([tries] if share else [[trie] for trie in tries], device)
     tolerance = 1e-4 if compute_dtype(device) == torch.float32 else 0.03
     alone = []
     for sequence in sequences:
         ids = torch.from_numpy(sequence.astype(np.int64))[None].to(device)
-        hidden = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        alone.append(hidden.last_hidden_state[0, -1].float())
+        with explain(f"this {model.config.model_type} model cannot be computed", Exception):
+            outputs = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        alone.append(outputs.last_hidden_state[0, -1].float())
     try:
         together = last_hidden_states(model, batch, share)[batch.numbers.argsort()].float()
     except Exception:  # a model that takes no such masks
         together = torch.full((3, 1), math.nan, device=device)
     reshard(model)
     expected = torch.stack(alone)
+    if not expected.isfinite().all():
+        raise CritiqueRMError("what the model computes is not finite; are its weights whole?")
     difference = (together - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-9)
     worst = difference.max()
     if dist.get_world_size() > 1:
@@ -2130,6 +2171,8 @@ def load_reward_model(
     config = load_config(folder)
     ours = getattr(config, "critique_rm", None)
     ours = ours if isinstance(ours, dict) else {}
+    if not isinstance(ours.get("max_length_tokens", 1), int):
+        raise CritiqueRMError(f"{folder}: critique_rm in its config.json is {_shorten(ours)}")
     reads_critiques = ours.get("critiques", True)
     longest = min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
     encoder = Encoder(
@@ -2261,6 +2304,8 @@ class PairScore:
     chosen_critique_words: float | None  # mean over the critiques, None without
     rejected_critique_words: float | None
     group: str = ""  # of pairs of one record that lists several responses
+    chosen_index: int = 0  # in those lists
+    rejected_index: int = 0
 
 
 def score_pairs(
@@ -2293,6 +2338,8 @@ def score_pairs(
                 chosen_critique_words=_mean_words(pair.chosen_critiques),
                 rejected_critique_words=_mean_words(pair.rejected_critiques),
                 group=pair.group,
+                chosen_index=pair.chosen_index,
+                rejected_index=pair.rejected_index,
             )
         )
     return scores

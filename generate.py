@@ -605,9 +605,12 @@ def build_critiques(rows: list[tuple[Pair, dict[str, list[str]]]], n_critiques: 
     row["prompt"] = turns[0].content if is_plain else [message.to_dict() for message in turns]
     critiques = {}
     for n, side in enumerate(SIDES["critique"]):
-        answered = {pair.answers[n].message: answers[side] for pair, answers in rows}  # once each
-        responses = [m.content if not m.more else [m.to_dict()] for m in answered]
-        texts = [found if n_critiques > 1 else "".join(found) for found in answered.values()]
+        answered = {}  # once each, by its place in the list
+        for pair, answers in rows:
+            place = (pair.chosen_index, pair.rejected_index)[n]
+            answered[place] = (pair.answers[n].message, answers[side])
+        responses = [m.content if not m.more else [m.to_dict()] for m, _ in answered.values()]
+        texts = [found if n_critiques > 1 else "".join(found) for _, found in answered.values()]
         row[side] = responses if pair.group else responses[0]
         if any(texts):
             critiques[f"{side}_critique"] = [t or None for t in texts] if pair.group else texts[0]

@@ -106,7 +106,7 @@ def test_a_name_in_the_index_cannot_leave_the_folder(language_model, mesh):
 
 def test_weights_under_another_name_alone_are_not_guessed(language_model, mesh):
     (language_model / "model.safetensors").rename(language_model / "consolidated.safetensors")
-    with pytest.raises(CritiqueRMError, match="no model.safetensors and no index, but consolidated"):
+    with pytest.raises(CritiqueRMError, match="consolidated.safetensors, but neither model.safetensors nor its index"):
         norm_of(language_model, mesh)
 
 
