@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -327,9 +327,7 @@ def read_answers(source: str, skip_bad: bool = False) -> list[Answer]:
     return answers
 
 
-def _replace_critiques(
-    pairs: list[Pair], source: str, about: str, skip_bad: bool
-) -> list[Pair]:
+def _replace_critiques(pairs: list[Pair], source: str, about: str, skip_bad: bool) -> list[Pair]:
     """Takes critiques from another file, by id and texts, else by prompt and response alone."""
     notes = Notes()
     found: dict[tuple, tuple[str, ...]] = {}
@@ -995,7 +993,9 @@ def _completions(record: Record) -> list[Answer]:
     prompt, answers = _required_prompt(record), []
     completions = record.get("completions")
     if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
-        raise CritiqueRMError(f"'completions' is {_shorten(completions)}; expected a list of objects")
+        raise CritiqueRMError(
+            f"'completions' is {_shorten(completions)}; expected a list of objects"
+        )
     for item in completions:
         completion = Record(record.where, item, record.notes)
         response = completion.text("response", may_be_empty=True)
@@ -1137,14 +1137,200 @@ class EncodedPair:
         return [s.tolist() for s in self.chosen] == [s.tolist() for s in self.rejected]
 
 
+class ControlTokens:
+    """The tokens added to a vocabulary, special or not, that data must never become.
+
+    Where a text spells one, `hide` puts an invisible character behind its first letter: `<|im_end|>`
+    in a response stays ten letters. Runs of white space, which some vocabularies (Gemma) add, are
+    text like any other.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.ids: dict[str, int] = {}  # by text
+        for token_id, token in tokenizer.added_tokens_decoder.items():
+            text = token.content
+            is_special = text.strip() and text in tokenizer.all_special_tokens
+            if len(text.strip()) > 1 or is_special:
+                self.ids[text] = token_id
+        longest_first = sorted(map(re.escape, self.ids), key=len, reverse=True)
+        any_token = "|".join(longest_first) or "(?!)"
+        # the first letters alone are looked for first: Gemma 3 has 6,000 such tokens
+        letters = "".join(sorted({re.escape(token[0]) for token in self.ids})) or "a"
+        self.pattern = re.compile(f"(?=[{letters}])(?:{any_token})")
+        self._beginning = re.compile(f"(?=[{letters}])(?={any_token})(.)", re.DOTALL)
+        marks = {c for token in self.ids for c in token if not (c.isalnum() or c in " /_")}
+        self._disguises = {ord(c): 0xF0000 + n for n, c in enumerate(sorted(marks))}  # of no script
+
+    def count(self, text: str) -> int:
+        return len(self.pattern.findall(text))
+
+    def hide(self, text: str) -> str:
+        """The text with a break in each control token that it spells; overlapping ones too."""
+        return self._beginning.sub(rf"\1{BREAK}", text)
+
+    def disguise(self, text: str) -> str:
+        """The text without the marks that control tokens are written with, as long as before."""
+        return text.translate(self._disguises)
+
+
+class ChatTemplate:
+    """Writes conversations as a tokenizer's chat template does, from data that cannot forge tokens.
+
+    The template sees the data (it may strip, split or escape them), with control tokens hidden. The
+    one exception are the marks of reasoning (`<think>…</think>`) with which an answer begins, if the
+    template looks for them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, control: ControlTokens) -> None:
+        self.tokenizer, self.control = tokenizer, control
+        if tokenizer.chat_template is None:
+            say("tokenizer without chat template: using plain 'User: … Assistant: …' text")
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = tokenizer.get_chat_template()  # the default one of several
+        if "strftime_now" in tokenizer.chat_template and FROZEN_DATE not in tokenizer.chat_template:
+            tokenizer.chat_template = FROZEN_DATE + tokenizer.chat_template
+        self.probe = lru_cache(1024)(self._probe)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation. Raises CritiqueRMError if data would become control tokens."""
+        text = self.apply(messages, self.control.hide)
+        n_written = self.control.count(text)
+        if n_written > self.probe(shape_of(messages)).n_control:
+            # because of the data: the template may well write more for them, but of its own letters
+            disguised = self.apply(messages, self.control.disguise)
+            if n_written > self.control.count(disguised):
+                raise CritiqueRMError(
+                    "the chat template makes a control token of what a text holds"
+                )
+        return text
+
+    def apply(self, messages: Sequence[Message], hide: Callable[[str], str]) -> str:
+        """What the template writes, `hide` applied to all that comes from the data."""
+        tools, turns = None, []
+        for message in messages:
+            if message.role == "tools":
+                tools = map_texts(json.loads(message.content), hide)
+                continue
+            turn = map_texts(message.to_dict(), hide) | {"role": message.role}
+            if message.role == "assistant":
+                turn["content"] = self._hide_after_reasoning(message.content, hide)
+            turns.append(turn)
+        roles = ", ".join(turn["role"] for turn in turns)
+        problem = f"the chat template refuses the turns {roles}; change the prompts or the template"
+        with explain(problem, Exception):  # templates are programs
+            return self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+
+    def _hide_after_reasoning(self, text: str, hide: Callable[[str], str]) -> str:
+        """Hides a text but for the marks of the reasoning it begins with; the first may be missing."""
+        for opening, closing in self._reasoning_marks:
+            thought, found, answer = text.partition(closing)
+            start = thought[: len(thought) - len(thought.lstrip())]
+            if thought.startswith(start + opening):
+                start += opening
+            thought = thought[len(start) :]
+            if found and opening not in thought and SEPARATOR not in thought:  # no critique ends it
+                return start + hide(thought) + closing + hide(answer)
+        return hide(text)
+
+    @cached_property
+    def _reasoning_marks(self) -> list[tuple[str, str]]:
+        """The pairs of control tokens, like <think> and </think>, that the template looks for.
+
+        Found by trying whether it does more than print them, in the last answer or an earlier one.
+        """
+        self.__dict__["_reasoning_marks"] = marks = []  # for the trial itself
+        for opening in self.control.ids:
+            closing = f"{opening[0]}/{opening[1:]}"
+            if closing in self.control.ids:
+                answer = f"{opening}b{closing}c"
+                turns = [Message("user", "a"), Message("assistant", answer)] * 2
+                with suppress(CritiqueRMError):
+                    if self.apply(turns, str).count(answer) < 2:
+                        marks.append((opening, closing))
+        return marks
+
+    def _probe(self, shape: tuple[Message, ...]) -> "Probe":
+        """What the template does with messages of this shape, whatever their contents."""
+        marked = []
+        for n, message in enumerate(shape):
+            is_tools = message.role == "tools"
+            marked.append(message if is_tools else message._replace(content=f"{MARK}{n}{MARK}"))
+        text = self.apply(marked, self.control.disguise)
+        unseen = []
+        for message in marked:
+            if message.role != "tools" and message.content not in text:
+                unseen.append(message.role)
+        if marked[-1].content not in text:
+            raise CritiqueRMError("the chat template does not end with the assistant's message")
+        return Probe(self.control.count(text), unseen)
+
+    @cached_property
+    def tail(self) -> tuple[str, str]:
+        """What the template writes after a response, and what is kept of it.
+
+        That is its first control token, or else the eos token.
+        """
+        turns = [Message("user", "a"), Message("assistant", MARK)]
+        _, mark, written = self.apply(turns, str).rpartition(MARK)
+        if not mark:
+            raise CritiqueRMError("the chat template does not end with the assistant's message")
+        if match := self.control.pattern.search(written):
+            return written, written[: match.end()]
+        if not self.tokenizer.eos_token:
+            raise CritiqueRMError("the tokenizer has no end token; set its eos_token")
+        return written, written.rstrip() + self.tokenizer.eos_token
+
+    def cut_tail(self, text: str) -> str:
+        """Cuts what follows the first control token after the response, or adds the eos token."""
+        written, kept = self.tail
+        if text.endswith(written):
+            return text[: len(text) - len(written)] + kept
+        # a template may end tool calls, or an empty response, in another way
+        end = max((match.end() for match in self.control.pattern.finditer(text)), default=0)
+        if not end or text[end:].strip():
+            raise CritiqueRMError("the chat template does not end this answer with an end token")
+        return text[:end]
+
+    def unseen(self, messages: Sequence[Message]) -> list[str]:
+        """What of a conversation the template does not show: messages, and what stands in `more`."""
+        unseen = [f"a {role!r} message" for role in self.probe(shape_of(messages)).unseen_roles]
+        whole = None
+        for n, message in enumerate(messages):
+            names = ["tools"] if message.role == "tools" else json.loads(message.more or "{}")
+            for name in names:
+                whole = whole or self.apply(messages, str)
+                without = [] if name == "tools" else [message.without(name)]
+                with suppress(CritiqueRMError):  # without it, the template refuses them
+                    if self.apply([*messages[:n], *without, *messages[n + 1 :]], str) == whole:
+                        unseen.append(repr(name))
+        return list(dict.fromkeys(unseen))
+
+
+class Probe(NamedTuple):
+    """What a template does with messages of some shape."""
+
+    n_control: int  # tokens that it writes
+    unseen_roles: list[str]  # of messages that it does not write
+
+
+def shape_of(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages without their contents."""
+    return tuple(m if m.role == "tools" else m._replace(content="") for m in messages)
+
+
+def map_texts(value: object, change: Callable[[str], str]) -> Any:
+    """A JSON value with all its texts changed, the names of fields too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [map_texts(item, change) for item in value]
+    if isinstance(value, dict):
+        return {change(name): map_texts(item, change) for name, item in value.items()}
+    return value
+
+
 class Encoder:
     """Turns text into token ids: the only place where it happens, for training and scoring.
-
-    The chat template and the tokenizer are used as they are, on the data. But data never become
-    control tokens (any added token, special or not): where a text spells one, an invisible
-    character is put behind its first letter, so that `<|im_end|>` in a response stays ten letters.
-    The one exception are the marks of reasoning (`<think>…</think>`) with which an answer begins, if
-    the template looks for them.
 
     A sequence ends with exactly one end token (the template's own end of turn, else the eos token)
     and begins with at most one bos token (the template's). `keep_tail` leaves what a template
@@ -1163,96 +1349,22 @@ class Encoder:
         pad_id: int | None = None,
         n_embeddings: int | None = None,
     ) -> None:
+        if not tokenizer.is_fast:
+            raise CritiqueRMError("the tokenizer has no tokenizer.json; save it as a fast one")
         self.tokenizer, self.max_length_tokens = tokenizer, max_length_tokens
         self.use_critiques, self.keep_tail, self.pad_id = use_critiques, keep_tail, pad_id
         self.n_embeddings = n_embeddings  # the ids that the model has; None: all
-        if not tokenizer.is_fast:
-            raise CritiqueRMError("the tokenizer has no tokenizer.json; save it as a fast one")
-        if tokenizer.chat_template is None:
-            say("tokenizer without chat template: using plain 'User: … Assistant: …' text")
-            tokenizer.chat_template = PLAIN_TEMPLATE
-        tokenizer.chat_template = tokenizer.get_chat_template()  # the default one of several
-        if "strftime_now" in tokenizer.chat_template and FROZEN_DATE not in tokenizer.chat_template:
-            tokenizer.chat_template = FROZEN_DATE + tokenizer.chat_template
-        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-        # runs of white space that some vocabularies (Gemma) add are text like any other
-        self.control_ids = {token: i for token, i in added.items() if len(token.strip()) > 1}
-        longest_first = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
-        control = "|".join(longest_first) or "(?!)"
-        self._control = re.compile(control)
-        # their first letters alone are looked for first: Gemma 3 has 6,000 control tokens
-        letters = "".join(sorted({re.escape(token[0]) for token in self.control_ids})) or "a"
-        self._first_letter = re.compile(f"(?=[{letters}])(?={control})(.)", re.DOTALL)
-        closing = {token: f"{token[0]}/{token[1:]}" for token in self.control_ids}
-        self._reasoning_marks = [pair for pair in closing.items() if pair[1] in self.control_ids]
-        # the token for unknown characters may come from any text
-        self._control_values = {*self.control_ids.values()} - {tokenizer.unk_token_id}
-        self._tail = cache(self._find_tail)
+        self.control = ControlTokens(tokenizer)
+        self.template = ChatTemplate(tokenizer, self.control)
+        # the token for unknown characters may come of any text
+        self._control_ids = {*self.control.ids.values()} - {tokenizer.unk_token_id}
         self.counts: Counter[str] = Counter()
-
-    def _hide(self, text: str) -> str:
-        """The text with a break in each control token that it spells; overlapping ones too."""
-        return self._first_letter.sub(rf"\1{BREAK}", text)
-
-    def _hide_after_reasoning(self, text: str) -> str:
-        """The same, but for the marks of a reasoning block at the beginning; the first may lack."""
-        for opening, closing in self._reasoning_marks:
-            thought, found, answer = text.partition(closing)
-            blank = thought[: len(thought) - len(thought.lstrip())]
-            if thought.startswith(blank + opening):
-                blank += opening
-            thought = thought[len(blank) :]
-            if found and opening not in thought and SEPARATOR not in thought:  # no critique ends it
-                return blank + self._hide(thought) + closing + self._hide(answer)
-        return self._hide(text)
+        self.refusals: list[str] = []
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation that ends with the assistant's message, as it is encoded."""
-        roles = tuple(message.role for message in messages)
-        text = self._apply_template(messages, self._hide)
-        if any(self._hide(m.content) != self._hide_after_reasoning(m.content) for m in messages):
-            seen = self._apply_template(messages, self._hide_after_reasoning)
-            if seen.replace(BREAK, "") != text.replace(BREAK, ""):
-                text = seen  # the template does more with the marks than print them
-        return text if self.keep_tail else self._cut_tail(text, roles)
-
-    def _apply_template(self, messages: Sequence[Message], hide: Callable[[str], str]) -> str:
-        tools, turns = None, []
-        for message in messages:
-            if message.role == "tools":
-                tools = json.loads(self._hide(message.content))
-                continue
-            is_answer = message.role == "assistant"
-            content = hide(message.content) if is_answer else self._hide(message.content)
-            turns.append(Message(message.role, content, self._hide(message.more)).to_dict())
-        roles = ", ".join(turn["role"] for turn in turns)
-        problem = f"the chat template refuses the turns {roles}; change the prompts or the template"
-        with explain(problem, Exception):  # templates are programs
-            return self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
-
-    def _find_tail(self, roles: tuple[str, ...]) -> tuple[str, str]:
-        """What the template writes after a response, and what is kept of it."""
-        messages = [Message(role, "[]" if role == "tools" else "a") for role in roles]
-        messages[-1] = Message(roles[-1], MARK)
-        _, mark, tail = self._apply_template(messages, str).rpartition(MARK)
-        if not mark:
-            raise CritiqueRMError("the chat template does not end with the assistant's message")
-        if match := self._control.search(tail):
-            return tail, tail[: match.end()]
-        if not self.tokenizer.eos_token:
-            raise CritiqueRMError("the tokenizer has no end token; set its eos_token")
-        return tail, tail.rstrip() + self.tokenizer.eos_token
-
-    def _cut_tail(self, text: str, roles: tuple[str, ...]) -> str:
-        """Cuts what follows the first control token after the response, or adds the eos token."""
-        tail, kept = self._tail(roles)
-        if text.endswith(tail):
-            return text[: len(text) - len(tail)] + kept
-        # a template may end tool calls, or an empty response, in another way
-        end = max((match.end() for match in self._control.finditer(text)), default=0)
-        if not end or text[end:].strip():
-            raise CritiqueRMError("the chat template does not end this answer with an end token")
-        return text[:end]
+        text = self.template.render(messages)
+        return text if self.keep_tail else self.template.cut_tail(text)
 
     def encode(self, messages: Sequence[Message]) -> np.ndarray:
         """Token ids (T,) int32 of a conversation that ends with the assistant's message.
@@ -1264,8 +1376,8 @@ class Encoder:
         with explain("the tokenizer cannot encode it", Exception):
             encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
         ids = encoded["input_ids"]
-        n_control = sum(i in self._control_values for i in ids)
-        if n_control > len(self._control.findall(text)):  # by its normalizer
+        n_control = sum(token_id in self._control_ids for token_id in ids)
+        if n_control > self.control.count(text):  # by its normalizer
             raise CritiqueRMError("the tokenizer makes control tokens of its text; leave it out")
         if ids[:2] == [self.tokenizer.bos_token_id] * 2:
             ids = ids[1:]
@@ -1293,8 +1405,10 @@ class Encoder:
 
         Within `max_length_tokens` each critique and the end token are kept whole; the responses
         keep their beginning, the prompt its end, cut at the same place for all answers. None if
-        even that does not fit. Both are counted, as `n_pairs`.
+        even that does not fit. Both are counted, as `n_pairs`, and so is what the template leaves out.
         """
+        for what in self._unseen(answers):
+            self.counts[f"with {what}, which the chat template does not show"] += n_pairs
         prompt, responses = answers[0].prompt, [a.response for a in answers]
         encoded, excess = self._encode_as(prompt, answers, responses)
         if excess <= 0:
@@ -1321,6 +1435,12 @@ class Encoder:
             room = [r - excess for r in room]  # tokens that merge across a cut
         self.counts["dropped as too long"] += n_pairs
         return None
+
+    def _unseen(self, answers: Sequence[Answer]) -> list[str]:
+        unseen = {}
+        for answer in answers if any(answer.more for answer in answers) else answers[:1]:
+            unseen |= dict.fromkeys(self.template.unseen([*answer.prompt, answer.message]))
+        return list(unseen)
 
     def _encode_as(
         self, prompt: Sequence[Message], answers: Sequence[Answer], responses: list[str]
@@ -1365,30 +1485,33 @@ class Encoder:
         Raises CritiqueRMError that names the place of a pair which the template or the tokenizer
         refuses, unless `skip_bad`, and one if no pair is left.
         """
-        self.counts.clear()
-        encoded, refusals = [], []
+        self._clear()
+        encoded = []
         for group in group_pairs(pairs):
-            try:
-                encoded += self._encode_group(group)
-            except CritiqueRMError as error:
-                refusals.append(str(error))
-                if not skip_bad:
-                    raise
+            encoded += self._encode_group(group, skip_bad)
         if not keep_equal:
             different = [e for e in encoded if not e.is_tie]
             self.counts["with equal token sequences"] += len(encoded) - len(different)
             encoded = different
-        counted = [f"{n} {what}" for what, n in self.counts.items() if n]
-        if refusals:
-            counted.append(f"{len(refusals)} refused, the first: {refusals[0]}")
-        changes = ", ".join(counted) or "none cut or left out"
+        changes = self.describe_counts() or "none cut or left out"
         say(f"{source}: {len(encoded)} of {len(pairs)} pairs used; {changes}")
         if not encoded:
             hint = f"; {CRITIQUES_MISSING}" if self.counts["without critique"] else ""
             raise CritiqueRMError(f"{source}: no pair is left to use ({changes}){hint}")
         return encoded
 
-    def _encode_group(self, pairs: list[Pair]) -> list[EncodedPair]:
+    def _clear(self) -> None:
+        self.counts.clear()
+        self.refusals.clear()
+
+    def describe_counts(self) -> str:
+        """What was cut or left out since the last call, and why; empty if nothing was."""
+        counted = [f"{n} {what}" for what, n in self.counts.items() if n]
+        if self.refusals:
+            counted.append(f"{len(self.refusals)} refused, the first: {self.refusals[0]}")
+        return ", ".join(counted)
+
+    def _encode_group(self, pairs: list[Pair], skip_bad: bool) -> list[EncodedPair]:
         """Encodes the pairs of one record, each distinct response once."""
         usable = pairs
         if self.use_critiques:
@@ -1397,38 +1520,43 @@ class Encoder:
         if not usable:
             return []
         answers = list(dict.fromkeys(answer for pair in usable for answer in pair.answers))
-        try:
-            sequences = self.encode_answers(answers, len(usable))
-            for name in self._unseen_fields(answers):
-                self.counts[f"with {name}, which the chat template does not show"] += len(usable)
-        except CritiqueRMError as error:
-            raise CritiqueRMError(f"{pairs[0].where or pairs[0].id}: {error}") from error
+        place = pairs[0].where or pairs[0].id
+        sequences = self._encode_or_refuse(answers, place, skip_bad, len(usable))
         if sequences is None:
             return []
         encoded = dict(zip(answers, sequences))
         return [EncodedPair(pair, *(encoded[answer] for answer in pair.answers)) for pair in usable]
 
-    def _unseen_fields(self, answers: Sequence[Answer]) -> list[str]:
-        """What messages say beside their content, and the template leaves out."""
-        conversation = [*answers[0].prompt, *(answer.message for answer in answers)]
-        more = [json.loads(message.more) for message in conversation if message.more]
-        names = dict.fromkeys(name for part in more for name in part)
-        if any(message.role == "tools" for message in conversation):
-            names["tools"] = None
-        unseen = []
-        for name in names:
-            shown = False
-            for answer in answers:
-                messages = [*answer.prompt, answer.message]
-                without = [message.without(name) for message in messages if message.role != name]
-                try:
-                    text = self._apply_template(without, str)
-                except CritiqueRMError:
-                    text = ""  # without it, the template refuses them
-                shown = shown or text != self._apply_template(messages, str)
-            if not shown:
-                unseen.append(repr(name))
-        return unseen
+    def encode_singles(
+        self, answers: Sequence[Answer], skip_bad: bool = False
+    ) -> list[list[np.ndarray] | None]:
+        """Encodes answers each on its own: its sequences, or None where it cannot be read.
+
+        Raises CritiqueRMError as `encode_pairs` does.
+        """
+        self._clear()
+        encoded = []
+        for answer in answers:
+            if self.use_critiques and not answer.critiques:
+                self.counts["without critique"] += 1
+                encoded.append(None)
+                continue
+            sequences = self._encode_or_refuse([answer], answer.where or answer.id, skip_bad)
+            encoded.append(sequences[0] if sequences else None)
+        return encoded
+
+    def _encode_or_refuse(
+        self, answers: Sequence[Answer], place: str, skip_bad: bool, n_pairs: int = 1
+    ) -> list[list[np.ndarray]] | None:
+        """Encodes answers to one prompt; names the place of those that are refused, or skips them."""
+        try:
+            return self.encode_answers(answers, n_pairs)
+        except CritiqueRMError as error:
+            refusal = f"{place}: {error}"
+            if not skip_bad:
+                raise CritiqueRMError(refusal) from error
+            self.refusals += [refusal] * n_pairs
+            return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1689,6 +1817,11 @@ def load_config(folder: str) -> PreTrainedConfig:
     with explain(f"{folder}: no usable config.json", Exception):  # a wrong value raises many kinds
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config = whole.get_text_config(decoder=True)
+    if getattr(whole, "is_encoder_decoder", False):
+        raise CritiqueRMError(
+            f"{folder}: a {whole.model_type} model, an encoder with a decoder; "
+            f"take a decoder alone, such as {FAMILIES}"
+        )
     for part in (whole, config):
         if getattr(part, "auto_map", None):
             raise CritiqueRMError(f"{folder}: it asks to run its own code; that is never done")
@@ -1712,6 +1845,11 @@ def load_config(folder: str) -> PreTrainedConfig:
     return config
 
 
+RESAVE = (
+    "if Transformers reads it, as with experts in single tensors or weights that are shared, "
+    "save it anew: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, "
+    "save_original_format=False)"
+)
 DEQUANTISE = (
     "quantised weights are not read: take the original ones, or load it in Transformers, call "
     "model.dequantize() and save_pretrained() it"
@@ -1738,14 +1876,35 @@ def check_fits(config: PreTrainedConfig, encoder: Encoder) -> None:
 
 def make_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the config with new weights. Raises CritiqueRMError if it has no `score` head."""
-    kind = config.model_type
-    with explain(f"no reward model can be made of a {kind!r} model", Exception):
+    advice = f"take one of another family, such as {FAMILIES}"
+    try:
         model = AutoModelForSequenceClassification.from_config(config)
+    except Exception as error:
+        if "Unrecognized configuration class" in str(error):
+            problem = f"Transformers has no classifier for {config.model_type!r} models; {advice}"
+            raise CritiqueRMError(problem) from error
+        problem = f"no {config.model_type!r} model can be made of its config.json"
+        raise CritiqueRMError(f"{problem} ({_first_line(error)})") from error
     if not isinstance(getattr(model, "score", None), nn.Linear):
         name = type(model).__name__
-        raise CritiqueRMError(f"{name} has no linear head named 'score'; use a decoder model")
+        raise CritiqueRMError(f"{name} has no linear head named 'score'; {advice}")
     model.config.architectures = [type(model).__name__]  # servers choose the class by it
     return model
+
+
+FAMILIES = "Llama, Qwen 3 or Gemma 3"
+
+
+def set_mode(model: PreTrainedModel, checkpointing: bool) -> None:
+    """Makes training compute what scoring does: no dropout, no noise in routers.
+
+    Transformers' checkpointing of activations asks for training mode, but of the layers alone.
+    """
+    model.eval()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+        for module in model.modules():
+            module.training = getattr(module, "gradient_checkpointing", False)
 
 
 def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
@@ -1915,7 +2074,7 @@ def _check_stored(
         raise CritiqueRMError(
             f"{folder}: {len(missing)} weights are not in its safetensors, such as "
             f"{', '.join(missing[:3])}; "
-            + ("it has no reward head" if lacks_head else "its keys do not match")
+            + ("it has no reward head" if lacks_head else f"its keys do not match; {RESAVE}")
         )
     known = [*(model._keys_to_ignore_on_load_unexpected or ()), *KNOWN_UNUSED_KEYS]
     known += ["^score\\."] if new_head else []
@@ -2040,9 +2199,11 @@ def shares_prefixes(model: PreTrainedModel, longest: int) -> bool:
         return known[min(known)]
     layouts = [share for share in (True, False) if _is_exact(model, max(longest, 8), share)]
     if not layouts:
+        is_long = any(_is_exact(model, 16, share) for share in (True, False))
+        advice = "lower --max-length-tokens" if is_long else "take another model"
         raise CritiqueRMError(
             f"in this {model.config.model_type} model, of up to {longest} tokens, a reward depends "
-            "on what else is computed with it; lower --max-length-tokens, or take another model"
+            f"on what else is computed with it; {advice}"
         )
     _layouts(model)[longest] = layouts[0]
     return layouts[0]
@@ -2075,34 +2236,38 @@ def _is_exact(model: PreTrainedModel, longest: int, share: bool) -> bool:
         ids = torch.from_numpy(sequence.astype(np.int64))[None].to(device)
         with explain(f"this {model.config.model_type} model cannot be computed", Exception):
             outputs = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        alone.append(outputs.last_hidden_state[0, -1].float())
-    try:
-        together = last_hidden_states(model, batch, share)[batch.numbers.argsort()].float()
-    except Exception:  # a model that takes no such masks
-        together = torch.full((3, 1), math.nan, device=device)
-    reshard(model)
-    expected = torch.stack(alone)
-    if not expected.isfinite().all():
+        alone.append(outputs.last_hidden_state[0].float())
+    if not all(hidden.isfinite().all() for hidden in alone):
         raise CritiqueRMError("what the model computes is not finite; are its weights whole?")
-    difference = (together - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-9)
-    worst = difference.max()
+    worst = torch.zeros((), device=device)
+    try:
+        together = hidden_states(model, batch, share).float()
+    except Exception:  # a model that takes no such masks
+        worst += math.inf
+    else:
+        columns = torch.arange(batch.ids.shape[1], device=device)
+        for row, last, number in zip(*batch.last.tolist(), batch.numbers.tolist()):
+            path = (columns <= last) & (last < batch.ends[row])  # the tokens of the sequence
+            expected = alone[number]
+            difference = (together[row, path] - expected).norm(dim=1) / expected.norm(dim=1)
+            worst = torch.maximum(worst, difference.max())
+    reshard(model)
     if dist.get_world_size() > 1:
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return bool(worst < tolerance)
 
 
-def last_hidden_states(model: PreTrainedModel, batch: Batch, share: bool) -> Tensor:
-    """The hidden states (S, H) at the last token of each sequence of a micro-batch."""
+def hidden_states(model: PreTrainedModel, batch: Batch, share: bool) -> Tensor:
+    """The last hidden states (R, T, H) of a micro-batch, whose rows hold tries or one sequence."""
     trunk, _ = trunk_and_head(model)
     if share:
         masks = attention_masks(batch, model.config)
-    else:  # one sequence per row: the model makes its own masks from what is not padding
+    else:  # the model makes its own masks from what is not padding
         columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         masks = (batch.positions == columns).long()
-    hidden = trunk(
+    return trunk(
         input_ids=batch.ids, attention_mask=masks, position_ids=batch.positions, use_cache=False
-    ).last_hidden_state  # (R, T, H)
-    return hidden[batch.last[0], batch.last[1]]
+    ).last_hidden_state
 
 
 def compute_rewards(model: PreTrainedModel, batch: Batch, share: bool) -> Tensor:
@@ -2111,7 +2276,8 @@ def compute_rewards(model: PreTrainedModel, batch: Batch, share: bool) -> Tensor
     `share`: the rows hold tries (see `shares_prefixes`), else one sequence each.
     """
     _, head = trunk_and_head(model)
-    return head(last_hidden_states(model, batch, share).float()).squeeze(-1)  # (S,)
+    hidden = hidden_states(model, batch, share)[batch.last[0], batch.last[1]]  # (S, H)
+    return head(hidden.float()).squeeze(-1)  # (S,)
 
 
 def reshard(model: PreTrainedModel) -> None:
@@ -2132,7 +2298,7 @@ def choose_pad_token(config: PreTrainedConfig, encoder: Encoder) -> None:
     tokenizer.padding_side = "right"
     if encoder.keep_tail:  # and it reads where its own class does
         return
-    wanted = [tokenizer.pad_token_id, tokenizer.unk_token_id, *encoder.control_ids.values()]
+    wanted = [tokenizer.pad_token_id, tokenizer.unk_token_id, *encoder.control.ids.values()]
     pad = next((i for i in wanted if i not in (None, encoder.end_id)), None)
     config.pad_token_id = pad
     tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
@@ -2217,25 +2383,15 @@ def score_answers(
     Raises CritiqueRMError that names an answer which the template refuses (None with `skip_bad`,
     and counted), or whose reward is not finite.
     """
-    encoded, places = [], []
-    for number, answer in enumerate(answers, 1):
-        sequences = None
-        place = answer.where or answer.id or f"answer {number}"
-        if answer.critiques or not encoder.use_critiques:
-            try:
-                sequences = encoder.encode_answers([answer])
-            except CritiqueRMError as error:
-                if not skip_bad:
-                    raise CritiqueRMError(f"{place}: {error}") from error
-                encoder.counts["refused"] += 1
-        encoded.append(sequences[0] if sequences else None)
-        places.append(place)
-    groups = [sequences for sequences in encoded if sequences]
-    rewards = iter(score_groups(model, groups, budget_tokens))
-    scores = []
-    for sequences, place in zip(encoded, places):
-        score = float(np.mean(next(rewards))) if sequences else None
-        scores.append(score if score is None else check_finite(score, place))
+    encoded = encoder.encode_singles(answers, skip_bad)
+    rewards = iter(score_groups(model, [e for e in encoded if e], budget_tokens))
+    scores: list[float | None] = []
+    for number, (answer, sequences) in enumerate(zip(answers, encoded), 1):
+        score = None
+        if sequences:
+            place = answer.where or answer.id or f"answer {number}"
+            score = check_finite(float(np.mean(next(rewards))), place)
+        scores.append(score)
     return scores
 
 

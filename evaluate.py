@@ -575,6 +575,8 @@ def read_verdicts(
     for where, row in rm.read_rows(path):
         try:
             answers = [row["verdicts"][order] for order in ("chosen_first", "rejected_first")]
+            if not {*answers} <= {*rm.SIDES, None}:
+                raise TypeError
             scorer = "judge with critiques" if row["with_critiques"] else "judge"
             scorer += f" ({path})" if is_one_of_many else ""
             if None not in answers:
@@ -844,9 +846,14 @@ def read_scores(path: str) -> list[PairScore]:
     scores = []
     for where, row in rm.read_rows(path):
         try:
-            scores.append(PairScore(**row))
-        except TypeError:
+            score = PairScore(**row)
+            rewards = np.array([score.chosen_reward, score.rejected_reward], float)
+            texts = (score.id, score.prompt_id, score.subset)
+        except (TypeError, ValueError):
             raise CritiqueRMError(f"{where}: not a line of --scores") from None
+        if not np.isfinite(rewards).all() or not all(isinstance(text, str) for text in texts):
+            raise CritiqueRMError(f"{where}: not a line of --scores, or its rewards are not finite")
+        scores.append(score)
     if not scores:
         raise CritiqueRMError(f"{path}: no score in it")
     return scores
@@ -858,16 +865,14 @@ def score_single(args: argparse.Namespace) -> int:
     model, encoder = load(args)
     rewards = rm.score_answers(model, encoder, answers, args.micro_batch_tokens, args.skip_bad)
     n_missing = rewards.count(None)
-    if n_cut := encoder.counts["truncated"]:
-        say(f"{args.score}: {n_cut} answers were cut to {encoder.max_length_tokens} tokens")
+    if counted := encoder.describe_counts():
+        say(f"{args.score}: of {len(answers)} answers {counted}")
     if dist.get_rank() == 0:
         for answer, reward in zip(answers, rewards):
             print(rm.to_json({"id": answer.id, "reward": reward}))
     if n_missing:
-        say(
-            f"{args.score}: {n_missing} of {len(answers)} answers have no reward: longer than "
-            f"{encoder.max_length_tokens} tokens, or without a critique ({rm.CRITIQUES_MISSING})"
-        )
+        hint = f" ({rm.CRITIQUES_MISSING})" if encoder.counts["without critique"] else ""
+        say(f"{args.score}: {n_missing} of {len(answers)} answers have no reward{hint}")
     return 1 if n_missing else 0
 
 

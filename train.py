@@ -320,9 +320,8 @@ def prepare_model(
         rm.init_head(model, args.seed)
     else:
         rm.read_weights(model, source, device, args.seed, args.new_head)
-    if args.activation_checkpointing:
-        model.activation_checkpointing_enable()
-    return model.train(), encoder
+    rm.set_mode(model, args.activation_checkpointing)
+    return model, encoder
 
 
 # --------------------------------------------------------------------------------------------------
@@ -620,8 +619,8 @@ def model_card(args: Namespace, encoder: Encoder) -> str:
     end = encoder.tokenizer.convert_ids_to_tokens(encoder.end_id)
     data = Path(args.train).name if os.path.exists(args.train) else args.train
     base = Path(args.model).name if os.path.isdir(args.model) else args.model
-    cut = f"text = (text.rpartition({end!r})[0] or text.rstrip()) + {end!r}\n"
-    cut = "" if encoder.keep_tail else cut
+    written, kept = encoder.template.tail
+    cut = "" if encoder.keep_tail else f"text = text.removesuffix({written!r}) + {kept!r}\n"
     return f"""# Reward model
 
 Reads {reads}; gives one number, higher is better. Made by critique-rm, after "Improving Reward
@@ -699,7 +698,7 @@ def plan(args: Namespace) -> dict[str, float | bool]:
         whole = activation_bytes(model, tokens, args.max_length_tokens)
         kept = whole
         if args.activation_checkpointing:
-            model.train().activation_checkpointing_enable()
+            rm.set_mode(model, checkpointing=True)
             kept = activation_bytes(model, tokens, args.max_length_tokens)
         blocks = rm.find_blocks(trunk)
     n, block = (sum(p.numel() for p in m.parameters()) for m in (model, blocks[0]))

@@ -848,7 +848,7 @@ BREAKAGES = {  # name: (how, what the message must hold)
     "config that does not fit": (change_config(num_attention_heads=5), "config.json"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
     "cut tokenizer": (cut("tokenizer.json", 300), "tokenizer"),
-    "encoder": (change_config(model_type="bert"), "decoder"),
+    "encoder": (change_config(model_type="bert"), "Bert.* no linear head .*Llama"),
     "no classifier": (change_config(model_type="mamba"), "mamba"),
 }
 

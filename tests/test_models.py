@@ -388,7 +388,7 @@ def test_single_answers_that_the_template_refuses_are_named_or_null(tmp_path, me
     with pytest.raises(CritiqueRMError, match="^f:2: the chat template refuses"):
         rm.score_answers(model, encoder, answers)
     rewards = rm.score_answers(model, encoder, answers, skip_bad=True)
-    assert rewards[0] is not None and rewards[1] is None and encoder.counts["refused"] == 1
+    assert rewards[0] is not None and rewards[1] is None and len(encoder.refusals) == 1
 
 
 def test_a_debugging_developer_sees_the_traceback(tmp_path, monkeypatch):

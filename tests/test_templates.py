@@ -69,7 +69,7 @@ def test_what_is_encoded_is_what_the_template_writes_up_to_the_end_token(templat
     assert text.endswith("<|im_end|>\n")
     ids = encoder.encode(talk(messages)).tolist()
     if template != "splits reasoning" and "think>" in text:  # it prints the marks of the data
-        assert not {encoder.control_ids["<think>"], encoder.control_ids["</think>"]} & set(ids)
+        assert not {encoder.control.ids["<think>"], encoder.control.ids["</think>"]} & set(ids)
         assert encoder.tokenizer.decode(ids).replace(rm.BREAK, "") == text.removesuffix("\n")
     else:
         assert ids == encoder.tokenizer(text.removesuffix("\n"))["input_ids"]
@@ -79,7 +79,7 @@ def test_what_is_encoded_is_what_the_template_writes_up_to_the_end_token(templat
 @pytest.mark.parametrize("place", range(3))
 def test_no_data_become_control_tokens(template, place):
     encoder, data = make_encoder(template), ["How many", "The train", "right"]
-    control = set(encoder.control_ids.values())
+    control = set(encoder.control.ids.values())
 
     def control_tokens(texts: list[str]) -> list[int]:
         prompt = talk([{"role": "tool", "content": texts[0]}, user(texts[0])])
@@ -87,7 +87,7 @@ def test_no_data_become_control_tokens(template, place):
         return [i for i in ids if i in control]
 
     own = control_tokens(data)
-    for token in encoder.control_ids:
+    for token in encoder.control.ids:
         for text in ("{}", "See {} there", "{0}{0} {0}\n", "<th{0}ink>", "{1}{0}{2}", "</{0}", " <think>{0}</think>", "{0}</think> x"):
             texts = [*data]
             texts[place] = text.format(token, token[:2], token[2:])
@@ -116,8 +116,8 @@ def test_marks_of_reasoning_elsewhere_do_not_move_what_is_said(response, critiqu
 
 def test_overlapping_control_tokens_are_all_broken():
     encoder = make_encoder("strips")
-    hidden = encoder._hide("<|im_start<|im_end|>|><think><think></think")
-    assert not encoder._control.search(hidden)
+    hidden = encoder.control.hide("<|im_start<|im_end|>|><think><think></think")
+    assert not encoder.control.pattern.search(hidden)
     assert hidden.replace(rm.BREAK, "") == "<|im_start<|im_end|>|><think><think></think"
 
 
