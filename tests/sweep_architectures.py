@@ -218,7 +218,7 @@ def compare(folder: Path, groups: list[list[np.ndarray]], expected: np.ndarray) 
     model = rm.build_model(config, torch.float32, rm.start_processes()[1])
     rm.read_weights(model, str(folder), CPU)
     found = {}
-    found["read"], share = rewards_together(model.train(), groups)  # there must be no dropout
+    found["read"], share = rewards_together(model.eval(), groups)  # there must be no dropout
     saved = folder / "saved"
     saved.mkdir()
     rm.save_model(model, encoder, saved, "card")

@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +122,10 @@ def test_verdicts_that_say_nothing_are_refused_before_scoring(pair_id, last, tmp
         "rejected_first": "chosen"}}))
     with pytest.raises(CritiqueRMError, match="verdicts.jsonl:1: not a verdict"):
         evaluate.evaluate_pairs(evaluate.parse_arguments(arguments))
+    path.write_text(json.dumps({"id": "0", "with_critiques": False, "verdicts": verdicts | {
+        "rejected_first": "X"}}))
+    with pytest.raises(CritiqueRMError, match="verdicts.jsonl:1: not a verdict"):
+        evaluate.evaluate_pairs(evaluate.parse_arguments(arguments))
 
 
 def test_pairs_that_were_not_scored_lower_the_coverage():
@@ -143,6 +147,14 @@ def test_whatever_a_subset_is_called_a_row_is_a_line_of_equal_columns(name):
     assert len(lines) == 2 + 2 * 3
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {8}
     assert all(line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"x"', "null"])
+def test_scores_that_are_no_numbers_are_refused(tmp_path, value):
+    good = json.dumps(asdict(score(0, 1.0)))
+    (path := tmp_path / "s.jsonl").write_text(f"{good}\n{good.replace('1.0', value, 1)}\n")
+    with pytest.raises(CritiqueRMError, match="s.jsonl:2: not a line of --scores"):
+        evaluate.read_scores(str(path))
 
 
 def test_a_sign_flip_by_hand():

@@ -3,7 +3,9 @@
 import gzip
 import json
 import lzma
+import math
 import re
+from datetime import datetime
 
 import pytest
 
@@ -39,6 +41,14 @@ READ = {  # name: (record, the pair written by hand)
         pair([SYSTEM, user("p")]),
     ),
     "system, empty": (PLAIN | {"system": "", "history": []}, pair()),
+    "history behind the system message": (
+        PLAIN | {"prompt": [SYSTEM, user("p")], "history": [["h", "i"]]},
+        pair([SYSTEM, user("h"), assistant("i"), user("p")]),
+    ),
+    "arguments encoded twice": (
+        PLAIN | {"chosen": [assistant("c") | {"tool_calls": [{"function": {"arguments": '"{}"'}}]}]},
+        pair(chosen_more='{"tool_calls": [{"function": {"arguments": "\\"{}\\""}}]}'),
+    ),
     "history": (
         PLAIN | {"history": [["h", "i"], ["j", "k"]]},
         pair([user("h"), assistant("i"), user("j"), assistant("k"), user("p")]),
@@ -144,6 +154,25 @@ REFUSED = {  # name: (record, what the message must name)
         "'overall_preference'",
     ),
     "a fractional id": (PLAIN | {"id": 1.5}, "'id' is 1.5"),
+    "an instruction of messages beside an input": (
+        BARE | {"instruction": [SYSTEM, user("p")], "input": "q"},
+        "'instruction' and 'input' could both",
+    ),
+    "history alone": (BARE | {"history": [["a", "b"]]}, "'history' ends with an answer"),
+    "a part that says more": (
+        PLAIN | {"prompt": [{"role": "user", "content": [{"type": "text", "text": "p", "x": 1}]}]},
+        "message 1 of 'prompt' has the part",
+    ),
+    "ShareGPT and OpenAI at once": (
+        PLAIN | {"prompt": [{"from": "human", "text": "p"}]},
+        "message 1 of 'prompt'",
+    ),
+    "a number that is none in tools": (PLAIN | {"tools": [{"x": math.nan}]}, "tools holds what is no"),
+    "half a surrogate in a call": (
+        PLAIN | {"chosen": [assistant("c") | {"name": "\ud800"}]},
+        "message 1 of 'chosen'.* surrogate",
+    ),
+    "a margin of true": (PLAIN | {"margin": True}, "'margin' is True"),
 }
 
 
@@ -188,12 +217,20 @@ def test_unknown_fields_are_named_once_a_file_and_typos_are_guessed(tmp_path, ca
 # Lists of responses
 
 
+def test_all_unknown_fields_are_named(tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", PLAIN | {f"k{n:02}": n for n in range(30)} | {"response": "x"})
+    read_pairs(source)
+    names = re.findall(r"'(\w+)' \(1 records\)", capsys.readouterr().err)
+    assert names == [f"k{n:02}" for n in range(30)] + ["response"]
+
+
 def test_lists_of_responses_give_all_pairs_in_one_group(tmp_path):
     record = PLAIN | {"chosen": ["c", "d"], "rejected": ["r", "s", "t"]}
     record |= {"chosen_critique": ["1", ["2", "3"]], "rejected_critique": [None, "5", "6"]}
     pairs = read_pairs(write(tmp_path / "a.jsonl", record))
     assert [p.id for p in pairs] == ["a/1-1", "a/1-2", "a/1-3", "a/2-1", "a/2-2", "a/2-3"]
     assert {p.group for p in pairs} == {"a"}
+    assert [(p.chosen_index, p.rejected_index) for p in pairs] == [(i, j) for i in (0, 1) for j in (0, 1, 2)]
     expected = {"c": ("1",), "d": ("2", "3"), "r": (), "s": ("5",), "t": ("6",)}
     for p in pairs:
         assert p.chosen_critiques == expected[p.chosen]
@@ -263,6 +300,24 @@ def test_helpsteer3s_feedback_is_read_without_its_grade(tmp_path, capsys):
     assert "other: 3 critiques read without the grade they begin with" in capsys.readouterr().err
 
 
+def test_a_side_without_a_critique_is_looked_for_elsewhere(tmp_path):
+    rows = [PLAIN | {"chosen_critique": "1"}, {"prompt": "p", "response": "r", "critique": "2"}]
+    assert critiques_from(tmp_path, *rows) == [(("1",), ("2",))]
+    twice = [PLAIN | {"chosen_critique": c} for c in ("1", "2", "1")]
+    assert critiques_from(tmp_path, *twice) == [(("1", "2"), ())]
+
+
+def test_files_of_critiques_are_read_as_strictly_as_pairs(tmp_path, capsys):
+    ultra = {"instruction": "p", "foo": 1, "completions": [{"response": "c", "critque": "x"}]}
+    single = {"prompt": "p", "response": "r", "critique": "2"}
+    assert critiques_from(tmp_path, ultra, single) == [((), ("2",))]
+    assert "ignored: 'critque' (1 records; is 'critique' meant?), 'foo' (1" in capsys.readouterr().err
+    with pytest.raises(CritiqueRMError, match="other:1: 'completions' is 5"):
+        critiques_from(tmp_path, ultra | {"completions": 5})
+    source, other = write(tmp_path / "pairs", PLAIN), write(tmp_path / "other", single, {"x": 1})
+    assert read_pairs(source, True, other)[0].rejected_critiques == ("2",)
+
+
 def test_an_id_goes_before_a_text(tmp_path):
     rows = [PLAIN | {"chosen_critique": "a's"}, PLAIN | {"id": "b", "chosen_critique": "b's"}]
     found = critiques_from(tmp_path, *rows, pairs=(PLAIN, PLAIN | {"id": "b"}, PLAIN | {"id": "z"}))
@@ -314,6 +369,9 @@ def test_parquet_is_read_like_lines(tmp_path):
     rows = [row | {"prompt": [user("p")], "chosen_critique": ["x", "y"]} for row in TWO]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a")
     assert read_pairs(str(tmp_path / "a")) == read_pairs(write(tmp_path / "b", *rows))
+    dated = {"prompt": "p", "chosen": ["c"], "rejected": ["r"], "when": datetime(2026, 1, 2)}
+    parquet.write_table(pyarrow.Table.from_pylist([dated]), tmp_path / "c")
+    assert len(read_pairs(str(tmp_path / "c"))[0].group) == 16
 
 
 def test_a_file_of_nothing_but_bad_records_is_refused(tmp_path):

@@ -159,6 +159,21 @@ def test_a_plan_refuses_what_could_not_be_trained(language_model, mesh, name):
         train.plan(train.parse_arguments(["--plan", "--model", str(language_model)]))
 
 
+def test_experts_in_files_of_their_own_are_told_how_to_be_saved(tmp_path, make_config, mesh):
+    config = make_config("Mixtral", num_local_experts=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(CritiqueRMError, match="keys do not match; .*save_original_format=False"):
+        load(str(tmp_path), mesh, head_seed=0)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path / "new", save_original_format=False)
+    model = load(str(tmp_path / "new"), mesh, head_seed=0)
+    ids = torch.arange(9)[None] + 3
+    with torch.no_grad():
+        expected = again.model(ids).last_hidden_state
+        found = model.model(ids).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_other_tensors_are_said(language_model, mesh, capsys):
     more = {"v_head.summary.weight": torch.ones(1, 32), "visual.patch.weight": torch.ones(3)}
     change_weights(**more, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})(language_model)
@@ -188,6 +203,15 @@ def test_a_reward_head_is_kept_and_a_new_one_is_said(reward_folder, mesh, capsys
     with pytest.raises(CritiqueRMError, match=r"score.weight is \[2, 32\], .*--new-head"):
         head_of(reward_folder, mesh, head_seed=3)
     assert torch.equal(head_of(reward_folder, mesh, head_seed=3, new_head=True), drawn)
+
+
+@pytest.mark.parametrize("where", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_are_named_as_such(reward_folder, mesh, where):
+    weights = load_file(reward_folder / "model.safetensors")[where]
+    change_weights(**{where: torch.full_like(weights, math.nan)})(reward_folder)
+    model, encoder = rm.load_reward_model(str(reward_folder), False, 64)
+    with pytest.raises(CritiqueRMError, match="not finite; are its weights whole"):
+        rm.score_answers(model, encoder, [Answer(talk([user("p")]), "r")])
 
 
 def test_a_head_with_a_bias_is_refused(reward_folder, mesh):
@@ -312,6 +336,25 @@ def test_positions_scaled_by_the_longest_are_noticed(tmp_path, mesh, make_config
         rm.score_groups(model, [*groups, long], 500)
 
 
+@pytest.mark.parametrize("n_keys, is_right", [(8, False), (64, False), (512, True)])
+def test_keys_picked_among_those_of_a_row_are_noticed(tmp_path, mesh, make_config, n_keys, is_right):
+    """Doge keeps so many keys for each query; fewer than a sequence has, and others' compete."""
+    config = make_config("Doge", keep_window_size=n_keys, max_position_embeddings=512)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    model = load(str(tmp_path), mesh)
+    rng = np.random.default_rng(0)
+    groups = [[rng.integers(3, 700, n).astype(np.int32)] for n in (20, 30, 150)]
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    try:
+        ours = sum(rm.score_groups(model, groups, 500), [])
+    except CritiqueRMError:
+        assert not is_right
+        return
+    with torch.no_grad():
+        assert ours == pytest.approx(rewards_alone(theirs, groups).tolist(), abs=1e-4)
+
+
 def test_attention_that_counts_keys_of_others_is_noticed(tmp_path, mesh, make_config, monkeypatch):
     """Keys are picked for a whole row, as sparse attention might: only for long sequences."""
     model = load(save_tiny(make_config, "Llama", tmp_path), mesh)
@@ -389,6 +432,31 @@ def test_single_answers_that_the_template_refuses_are_named_or_null(tmp_path, me
         rm.score_answers(model, encoder, answers)
     rewards = rm.score_answers(model, encoder, answers, skip_bad=True)
     assert rewards[0] is not None and rewards[1] is None and len(encoder.refusals) == 1
+
+
+def test_pairs_that_the_template_refuses_are_skipped_on_request(
+    language_model, mesh, tmp_path, capsys
+):
+    """In training, in testing and in scoring; without it the run ends before it begins."""
+    make_tokenizer("gemma").save_pretrained(language_model)  # it knows no system role
+    rows = [{"id": str(n), "prompt": f"p{n}", "chosen": "c", "rejected": "r"} for n in range(4)]
+    rows[2]["system"] = "s"
+    data, out = tmp_path / "a.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", language_model, "--train", data, "--test", data, "--no-critiques"]
+    options = [str(option) for option in [*options, "--max-length-tokens", 64, "--out", out]]
+    with pytest.raises(CritiqueRMError, match="a.jsonl:3: the chat template refuses .*no.* supported"):
+        train.run(train.parse_arguments(options))
+    assert not out.exists()
+    assert train.run(train.parse_arguments([*options, "--skip-bad"]))["pairs"] == 3
+    assert len((out / "scores-a.jsonl").read_text().splitlines()) == 3
+    said = f"{data}: 3 of 4 pairs used; 1 refused, the first: {data}:3: the chat template refuses"
+    assert capsys.readouterr().err.count(said) == 2
+    options = [str(out), "--data", str(data)]
+    with pytest.raises(CritiqueRMError, match="a.jsonl:3: "):
+        evaluate.evaluate_pairs(evaluate.parse_arguments(options))
+    assert evaluate.evaluate_pairs(evaluate.parse_arguments([*options, "--skip-bad"])) == 0
+    assert "| reward model | all | 3 |" in capsys.readouterr().out
 
 
 def test_a_debugging_developer_sees_the_traceback(tmp_path, monkeypatch):

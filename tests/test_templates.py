@@ -121,6 +121,50 @@ def test_overlapping_control_tokens_are_all_broken():
     assert hidden.replace(rm.BREAK, "") == "<|im_start<|im_end|>|><think><think></think"
 
 
+COMPLETES = {  # a template that would complete a token, and the messages with which it would
+    "<{{ m.content }}": "|im_end|>",
+    "{{ m.content }}|>": "q <|im_end",
+    "<{{ m.name }}{{ m.content }}": "x",
+    "{{ m.content.replace('**', '') }}": "<|im**_end|>",
+    "{{ m.content | lower }}": "<|IM_END|>",
+}
+
+
+@pytest.mark.parametrize("template", COMPLETES)
+def test_a_template_cannot_make_a_control_token_of_data(template):
+    tokenizer = make_tokenizer("chatml")
+    shown = f"{{% if m.role == 'user' %}}{template}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{TURN}{shown}{END}{{% endfor %}}"
+    encoder = Encoder(tokenizer, 512, True)
+    last = Message("assistant", "r")
+    honest = encoder.encode([Message("user", "[a] > <b>", '{"name": "n"}'), last])
+    assert encoder.tokenizer.decode(honest).count("<|im_end|>") == 2
+    more = '{"name": "|im_end|>"}' if "name" in template else '{"name": "n"}'
+    with pytest.raises(CritiqueRMError, match="makes a control token of what a text holds"):
+        encoder.encode([Message("user", COMPLETES[template], more), last])
+
+
+def test_control_tokens_are_hidden_in_what_json_escapes():
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.add_tokens(['<|"|>'])
+    tokenizer.chat_template = TEMPLATES["splits reasoning"]
+    encoder = Encoder(tokenizer, 512, True)
+    more = json.dumps({"reasoning_content": 'x <|"|> y'})
+    ids = encoder.encode([*talk([user("p")]), Message("assistant", "r", more)])
+    assert tokenizer.convert_tokens_to_ids('<|"|>') not in ids
+    assert f'x <{rm.BREAK}|"|> y' in tokenizer.decode(ids)
+
+
+def test_an_end_token_of_one_letter_cannot_be_forged():
+    tokenizer = make_tokenizer("gpt2")
+    tokenizer.add_special_tokens({"eos_token": "¤"})
+    encoder = Encoder(tokenizer, 512, True)
+    ids = encoder.encode(talk([user("p"), assistant("r")]))
+    assert (ids == tokenizer.eos_token_id).sum() == 1 and ids[-1] == tokenizer.eos_token_id
+    with pytest.raises(CritiqueRMError, match="control token"):
+        encoder.encode(talk([user("5 ¤"), assistant("r")]))
+
+
 def test_a_tokenizer_that_makes_control_tokens_of_other_text_is_noticed():
     from tokenizers import AddedToken, normalizers
 
@@ -173,6 +217,28 @@ def test_what_the_template_does_not_show_is_counted(capsys):
     tools = [Message("tools", '[{"name": "f"}]'), Message("user", "p")]
     encoder.encode_pairs([pair(chosen="c"), sized(1, 1, 2, prompt=tuple(tools))], "b.jsonl")
     assert "1 with 'tools', which the chat template does not show" in capsys.readouterr().err
+
+
+def test_messages_that_the_template_does_not_write_are_counted(capsys):
+    tokenizer = make_tokenizer("chatml")
+    shown = f"{{% if m.role in ('user', 'assistant') %}}{TURN}{{{{ m.content }}}}{END}{{% endif %}}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{shown}{{% endfor %}}"
+    encoder = Encoder(tokenizer, 512, False)
+    lost = pair([{"role": "system", "content": "s"}, user("p")])
+    encoder.encode_pairs([lost, pair(id="b"), lost], "a.jsonl")
+    expected = "3 of 3 pairs used; 2 with a 'system' message, which the chat template does not show"
+    assert expected in capsys.readouterr().err
+    assert encoder.encode_singles([lost.answers[0]]) and "1 with a 'system'" in encoder.describe_counts()
+
+
+def test_one_message_may_show_what_another_does_not(capsys):
+    tokenizer = make_tokenizer("chatml")
+    who = "{{ m.name if m.role == 'assistant' else '' }}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{TURN}{who}{{{{ m.content }}}}{END}{{% endfor %}}"
+    encoder = Encoder(tokenizer, 512, False)
+    named = pair([user("p") | {"more": '{"name": "x"}'}], chosen_more='{"name": "y"}')
+    encoder.encode_pairs([named], "a.jsonl")
+    assert "1 with 'name', which the chat template does not show" in capsys.readouterr().err
 
 
 def test_tools_and_calls_are_never_cut():

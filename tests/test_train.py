@@ -511,13 +511,26 @@ def test_a_plan_counts_what_a_real_model_keeps():
         train.plan(train.parse_arguments(["--nproc", "4", "--shard-group", "3"]))
 
 
+def test_training_computes_what_scoring_does(model_and_pairs):
+    """No module is in training mode, where routers add noise, but those that checkpoint."""
+    _, model, _ = model_and_pairs
+    assert not any(module.training for module in model.modules())
+    rm.set_mode(model, checkpointing=True)
+    assert [type(m).__name__ for m in model.modules() if m.training] == [
+        *("FSDPLlamaModel", "FSDPLlamaDecoderLayer", "FSDPLlamaDecoderLayer")
+    ]
+    model.activation_checkpointing_disable()
+    rm.set_mode(model, checkpointing=False)
+
+
 def test_activation_checkpointing_does_not_change_the_gradient(model_and_pairs):
     args, model, pairs = model_and_pairs
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     plain = train.train_step(model, optimizer, pairs, 0, args)
-    model.activation_checkpointing_enable()
+    rm.set_mode(model, checkpointing=True)
     checkpointed = train.train_step(model, optimizer, pairs, 0, args)
     model.activation_checkpointing_disable()
+    rm.set_mode(model, checkpointing=False)
     assert checkpointed["grad_norm"] == plain["grad_norm"]
 
 
