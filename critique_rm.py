@@ -703,7 +703,7 @@ def _read_labelled(record: Record, form: Labelled) -> list[Pair]:
     number = record.id(form.id)
     subset = form.subset(record)
     if best == 0:
-        record.notes.sentences["{n} pairs without a majority for one side dropped"] += 1
+        record.notes.sentences["{n} pairs without a majority or preference for one side dropped"] += 1
         return []
     if best == 2:
         texts, critiques = texts[::-1], critiques[::-1]
@@ -1045,9 +1045,10 @@ def _message(item: object, which: str) -> Message:
             name: value for name, value in item.items() if name not in ("from", "value")
         }
     role, content = item.get("role"), item.get("content")
-    if not isinstance(role, str) or role not in ROLES or "content" not in item:
-        raise CritiqueRMError(f"{which} is {_shorten(item)}; expected {expected}")
     more = {name: item[name] for name in MESSAGE_FIELDS if item.get(name) not in EMPTY}
+    has_content = "content" in item or more
+    if not isinstance(role, str) or role not in ROLES or not has_content:
+        raise CritiqueRMError(f"{which} is {_shorten(item)}; expected {expected}")
     for name, value in item.items():
         is_read = name in ("role", "content") or name in more or name in UNUSED_FIELDS
         if value not in EMPTY and not is_read:
@@ -1068,8 +1069,8 @@ def _more_text(value: object, which: str) -> str:
 
 
 def _text_part(part: object, which: str) -> str:
-    is_text = isinstance(part, dict) and part.get("type") == "text"
-    if not is_text or not {"type", "text"} >= part.keys() - {"cache_control", "annotations"}:
+    said = {name for name in part if part[name] not in EMPTY} if isinstance(part, dict) else {""}
+    if said - {"type", "text", "cache_control", "annotations"} or part.get("type") != "text":
         raise CritiqueRMError(f"{which} has the part {_shorten(part)}; only text is read")
     return check_text(part.get("text"), "text", may_be_empty=True)
 
@@ -2221,7 +2222,8 @@ def _is_exact(model: PreTrainedModel, longest: int, share: bool) -> bool:
     device = head.weight.device
     rng = np.random.default_rng(0)
     last_id = model.config.vocab_size - 1
-    start, filler = rng.integers(3, last_id, 10), rng.integers(3, last_id, longest - 5)
+    start = rng.integers(3, last_id, 10)
+    filler = rng.choice(start, longest - 5)  # text repeats its tokens
     # The long branch comes first, so that the short one stands far from what both begin with, and
     # before both another sequence, so that what counts keys or columns counts too many.
     long = np.concatenate([start[:4], [3], filler]).astype(np.int32)

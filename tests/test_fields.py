@@ -67,12 +67,16 @@ READ = {  # name: (record, the pair written by hand)
         PLAIN | {"chosen": [{"role": "assistant", "content": None, "tool_calls": [CALL_AS_TEXT]}]},
         pair(chosen="", chosen_more=MORE),
     ),
+    "tool call without content": (
+        PLAIN | {"chosen": [{"role": "assistant", "tool_calls": [CALL]}]},
+        pair(chosen="", chosen_more=MORE),
+    ),
     "reasoning": (
         PLAIN | {"rejected": [assistant("r") | {"reasoning_content": "two"}]},
         pair(rejected_more='{"reasoning_content": "two"}'),
     ),
     "parts of text": (
-        PLAIN | {"prompt": [{"role": "user", "content": [{"type": "text", "text": t} for t in "pq"]}]},
+        PLAIN | {"prompt": [{"role": "user", "content": [{"type": "text", "text": t, "image": None} for t in "pq"]}]},
         pair("pq"),
     ),
     "RewardBench 2": (
