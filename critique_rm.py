@@ -451,7 +451,7 @@ def _with_unique_ids(pairs: list[Pair], source: str) -> list[Pair]:
             pair_id = f"{wanted}-{n}"
         n_repeats += n > 1
         seen[pair_id] = pair.where
-        named.append(replace(pair, id=pair_id))
+        named.append(pair if pair.id else replace(pair, id=pair_id))
     if n_repeats:
         say(f"{source}: {n_repeats} pairs repeat an earlier one exactly (kept, ids numbered)")
     return named
@@ -1008,13 +1008,16 @@ def _completions(record: Record) -> list[Answer]:
 # Values
 
 
+HALF_A_SURROGATE_PAIR = re.compile("[\ud800-\udfff]")
+
+
 def check_text(value: object, name: str, may_be_empty: bool = False) -> str:
     """Text that can be encoded. Raises CritiqueRMError that names the field."""
     if not isinstance(value, str):
         raise CritiqueRMError(f"{name!r} is {_shorten(value)}; expected text")
     if not may_be_empty and not value.strip():
         raise CritiqueRMError(f"{name!r} is empty; remove the line or fill it in")
-    if re.search("[\ud800-\udfff]", value):
+    if not value.isascii() and HALF_A_SURROGATE_PAIR.search(value):
         raise CritiqueRMError(f"{name!r} holds half a surrogate pair; correct the encoding")
     return value
 
