@@ -703,7 +703,9 @@ def _read_labelled(record: Record, form: Labelled) -> list[Pair]:
     number = record.id(form.id)
     subset = form.subset(record)
     if best == 0:
-        record.notes.sentences["{n} pairs without a majority or preference for one side dropped"] += 1
+        record.notes.sentences[
+            "{n} pairs without a majority or preference for one side dropped"
+        ] += 1
         return []
     if best == 2:
         texts, critiques = texts[::-1], critiques[::-1]
@@ -2467,6 +2469,8 @@ class PairScore:
     group: str = ""  # of pairs of one record that lists several responses
     chosen_index: int = 0  # in those lists
     rejected_index: int = 0
+    chosen_rewards: list[float] = field(default_factory=list)  # of each critique
+    rejected_rewards: list[float] = field(default_factory=list)
 
 
 def score_pairs(
@@ -2501,6 +2505,8 @@ def score_pairs(
                 group=pair.group,
                 chosen_index=pair.chosen_index,
                 rejected_index=pair.rejected_index,
+                chosen_rewards=chosen,
+                rejected_rewards=rejected,
             )
         )
     return scores

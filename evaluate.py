@@ -25,6 +25,7 @@ import argparse
 import base64
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -37,6 +38,8 @@ import critique_rm as rm
 from critique_rm import CritiqueRMError, Pair, PairScore, natural, positive_int, say
 
 N_RESAMPLES = 2000
+N_DRAWS = 200  # of critiques of a response
+N_MISLEADING = 10  # critiques that are shown
 N_FLIPS = 9999
 MIN_SHUFFLED_PAIRS = 10  # with one pair, shuffling a subset would be swapping
 PROBES = {  # what changes, and what stays in the input
@@ -102,17 +105,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("files to write").add_argument
     add("--json", metavar="FILE", help="the table")
     add("--scores", metavar="FILE", help="one line a pair")
+    add("--audit", metavar="FILE", help="one line a critique: how it moves the reward")
     add("--html", metavar="FILE", help="a page to look at the pairs")
     add("--plot", metavar="FILE", help="a picture of the curve (needs matplotlib)")
     args = parser.parse_args(argv)
-    with_data = args.scores or args.judge or args.probe or args.html or args.critiques
-    if not args.data and with_data:
-        parser.error("--scores, --judge, --probe, --html and --critiques go with --data")
+    with_data = ("scores", "audit", "judge", "probe", "html", "critiques")
+    if not args.data and any(getattr(args, name) for name in with_data):
+        parser.error(f"{', '.join(f'--{name}' for name in with_data)} go with --data")
     if args.score and args.json:
         parser.error("--json does not go with --score")
     if bool(args.run) == bool(args.compare or args.curve) or args.plot and not args.curve:
         parser.error("RUN goes with --data or --score, and --plot with --curve")
-    outputs = (args.json, args.scores, args.html, args.plot)
+    outputs = (args.json, args.scores, args.audit, args.html, args.plot)
     for path in filter(None, outputs):  # before hours of scoring
         if not Path(path).absolute().parent.is_dir():
             parser.error(f"{path}: there is no such folder")
@@ -145,12 +149,13 @@ class Opinions:
     scorer: str
     scores: list[PairScore]  # B pairs
     correct: np.ndarray  # (B,) 1 right, 0 wrong; a judge may be right in one of two orders
+    values: np.ndarray | None = None  # (B, 2) of chosen and rejected; None of a judge
     ties: np.ndarray | None = None  # (B,) bool
     inconsistent: np.ndarray | None = None  # (B,) bool
 
     def within(self, subset: str) -> "Opinions":
         here = np.array([score.subset == subset for score in self.scores], bool)
-        arrays = (self.correct, self.ties, self.inconsistent)
+        arrays = (self.correct, self.values, self.ties, self.inconsistent)
         return Opinions(
             self.scorer,
             [score for score, is_here in zip(self.scores, here) if is_here],
@@ -181,7 +186,7 @@ def bootstrap_interval(
     return percentile_interval([draw @ n_correct / (draw @ n_pairs) for draw in draws])
 
 
-def resample(n: int, n_drawn: int, seed: int) -> Iterator[np.ndarray]:
+def resample(n: int, n_drawn: int, seed: int | list[int]) -> Iterator[np.ndarray]:
     """N_RESAMPLES times: how often each of n is drawn when some are drawn with replacement, (n,)."""
     rng = np.random.default_rng(seed)
     return (rng.multinomial(n_drawn, np.full(n, 1 / n)) for _ in range(N_RESAMPLES))
@@ -522,21 +527,288 @@ def apply_probe(pairs: list[Pair], probe: str, seed: int) -> list[Pair]:
 def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[Pair]:
     """Exchanges the critiques of a random share of the responses of each subset at random.
 
-    Subsets of less than MIN_SHUFFLED_PAIRS are one.
+    A response that stands in several pairs of a group keeps one critique. Subsets of less than
+    MIN_SHUFFLED_PAIRS are one.
     """
-    critiques = {(n, s): a.critiques for n, p in enumerate(pairs) for s, a in enumerate(p.answers)}
     sizes = Counter(pair.subset for pair in pairs)
-    subsets = [p.subset if sizes[p.subset] >= MIN_SHUFFLED_PAIRS else "" for p in pairs]
+    critiques: dict[tuple, tuple[str, ...]] = {}  # by place: subset, pair or group, side, index
+    places = []
+    for pair in pairs:
+        subset = pair.subset if sizes[pair.subset] >= MIN_SHUFFLED_PAIRS else ""
+        both = []
+        for side, answer in zip(rm.SIDES, pair.answers):
+            index = getattr(pair, f"{side}_index") if pair.group else 0
+            both.append((subset, pair.group or pair.id, side, index))
+            critiques[both[-1]] = answer.critiques
+        places.append(both)
     rng = np.random.default_rng(seed)
-    for subset in sorted(set(subsets)):
-        places = [place for place in critiques if subsets[place[0]] == subset]
-        drawn = rng.permutation(len(places))[: round(share * len(places))]
-        moved = [critiques[places[k]] for k in np.roll(drawn, 1)]  # round: none stays in its place
-        critiques |= {places[k]: texts for k, texts in zip(drawn, moved)}
-    return [
-        replace(pair, chosen_critiques=critiques[n, 0], rejected_critiques=critiques[n, 1])
-        for n, pair in enumerate(pairs)
-    ]
+    for subset in sorted({place[0] for place in critiques}):
+        those = [place for place in critiques if place[0] == subset]
+        drawn = rng.permutation(len(those))[: round(share * len(those))]
+        moved = [critiques[those[k]] for k in np.roll(drawn, 1)]  # round: none stays in its place
+        critiques |= {those[k]: texts for k, texts in zip(drawn, moved)}
+    shuffled = []
+    for pair, (chosen, rejected) in zip(pairs, places):
+        new = {"chosen_critiques": critiques[chosen], "rejected_critiques": critiques[rejected]}
+        shuffled.append(replace(pair, **new))
+    return shuffled
+
+
+# --------------------------------------------------------------------------------------------------
+# Lists of responses, benchmarks
+
+REWARDBENCH2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+RM_BENCH_DOMAINS = ("chat", "math", "code", "safety")
+Figures = dict[str, np.ndarray]  # by name: the value, and those of N_RESAMPLES resamples
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one scorer says of the responses of one record that lists several."""
+
+    id: str
+    prompt_id: str
+    subset: str
+    wins: np.ndarray  # (C, R) 1 where the chosen response comes out above the rejected one
+    chosen: np.ndarray | None  # (C,) values; None of a judge, who only compares pairs
+    rejected: np.ndarray | None  # (R,)
+
+    @property
+    def best_of_n(self) -> float:
+        """The share of right responses among those with the highest value."""
+        highest = max(self.chosen.max(), self.rejected.max())
+        n_right = (self.chosen == highest).sum()
+        return float(n_right / (n_right + (self.rejected == highest).sum()))
+
+
+def collect_groups(opinions: "Opinions", n_by_group: Counter[str]) -> list[Group]:
+    """The groups of which all pairs were scored."""
+    places: dict[str, list[int]] = {}
+    for n, score in enumerate(opinions.scores):
+        if score.group:
+            places.setdefault(score.group, []).append(n)
+    groups = []
+    for group_id, numbers in places.items():
+        scores = [opinions.scores[n] for n in numbers]
+        if len(scores) < n_by_group[group_id]:
+            continue
+        rows = [score.chosen_index for score in scores]
+        columns = [score.rejected_index for score in scores]
+        wins = np.zeros((max(rows) + 1, max(columns) + 1))
+        wins[rows, columns] = opinions.correct[numbers]
+        chosen = rejected = None
+        if opinions.values is not None:
+            chosen, rejected = np.zeros(wins.shape[0]), np.zeros(wins.shape[1])
+            chosen[rows], rejected[columns] = opinions.values[numbers].T
+            restored = np.stack([chosen[rows], rejected[columns]], axis=1)
+            if (restored != opinions.values[numbers]).any():  # critiques swapped within pairs
+                chosen = rejected = None
+        first = scores[0]
+        groups.append(Group(group_id, first.prompt_id, first.subset, wins, chosen, rejected))
+    return groups
+
+
+def resampled_mean(
+    values: Sequence[float], prompt_ids: Sequence[str], seed: int, stratum: str = ""
+) -> np.ndarray:
+    """The mean of (B,) values, then that of each draw of as many prompts: (1 + N_RESAMPLES,).
+
+    Draws of another stratum are others, so that figures of subsets can be added up.
+    """
+    _, cluster = np.unique(prompt_ids, return_inverse=True)
+    n_in_cluster, sums = np.bincount(cluster), np.bincount(cluster, values)
+    n = len(sums)
+    draws = resample(n, n, [seed, zlib.crc32(stratum.encode())])
+    means = [draw @ sums / (draw @ n_in_cluster) for draw in draws]
+    return np.array([np.mean(values), *means])
+
+
+def measure_benchmarks(opinions: "Opinions", groups: list[Group], seed: int) -> dict[str, Figures]:
+    """The official figures of each benchmark whose rows are there."""
+    benchmarks = {
+        "RewardBench 2": measure_rewardbench2(groups, seed),
+        "RM-Bench": measure_rm_bench(groups, seed),
+        "JudgeBench": measure_judgebench(opinions, seed),
+    }
+    return {name: figures for name, figures in benchmarks.items() if figures}
+
+
+def measure_rewardbench2(groups: list[Group], seed: int) -> Figures:
+    """Best of four in five subsets, Ties by its own rule, and the mean of the six.
+
+    A prompt counts 1/k where the right response is among k with the highest value (Malik et al.,
+    arXiv 2506.01937; rewardbench/utils.py).
+    """
+    figures = {}
+    for subset in REWARDBENCH2:
+        those = [g for g in groups if g.subset == subset and g.chosen is not None]
+        if subset == "Ties":
+            those = [g for g in those if g.id.startswith(("ref:", "tied:"))]
+        else:
+            those = [g for g in those if g.wins.shape == (1, 3)]
+        if those and subset == "Ties":
+            figures[subset] = score_ties(those, seed)
+        elif those:
+            ids = [g.prompt_id for g in those]
+            figures[subset] = resampled_mean([g.best_of_n for g in those], ids, seed, subset)
+    if len(figures) == len(REWARDBENCH2):
+        figures = {"score": sum(figures.values()) / len(figures), **figures}
+    return figures
+
+
+def score_ties(groups: list[Group], seed: int) -> np.ndarray:
+    """RewardBench 2's Ties: several right responses (tied:N) beside the same with one (ref:N).
+
+    With gap the lowest right value less the highest wrong one (t of the tied row, f of the other),
+    and d the spread of the tied row's right values:
+    0.3 mean[t > 0] + 0.3 mean[f > 0] + 0.2 mean[t > d] + 0.2 mean[min(f, t) > d]
+    + 0.01 mean tanh(min(f, t) / d − 1), where 0/0 counts 0.
+    """
+    gaps: dict[str, dict[str, float]] = {"tied": {}, "ref": {}}
+    spread: dict[str, float] = {}
+    for group in groups:
+        kind, _, number = group.id.partition(":")
+        gaps[kind][number] = group.chosen.min() - group.rejected.max()
+        spread[number] = spread.get(number, 0.0)
+        if kind == "tied":
+            spread[number] = group.chosen.max() - group.chosen.min()
+    both = [number for number in gaps["tied"] if number in gaps["ref"]]
+    t, f = (np.array([gaps[kind][number] for number in both]) for kind in ("tied", "ref"))
+    d, worse = np.array([spread[number] for number in both]), np.minimum(f, t)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        margin = np.nan_to_num(np.tanh(worse / d - 1), nan=0.0)
+    terms = [(0.2, t > d, both), (0.2, worse > d, both), (0.01, margin, both)]
+    for kind in ("tied", "ref"):
+        terms.append((0.3, np.array([*gaps[kind].values()]) > 0, [*gaps[kind]]))
+    score = np.zeros(1 + N_RESAMPLES)
+    for weight, values, numbers in terms:
+        if numbers:
+            score += weight * resampled_mean(values, numbers, seed, "Ties")
+    return score
+
+
+def measure_rm_bench(groups: list[Group], seed: int) -> Figures:
+    """Right and wrong answers in three styles each, plainest first (Liu et al., arXiv 2410.16184).
+
+    hard: the wrong answer is the fancier one (above the diagonal of the matrix chosen × rejected),
+    normal: on it, easy: below it. By domain, where the rows name them; safety is the mean of its
+    two halves, overall of the four domains.
+    """
+    groups = [g for g in groups if g.wins.shape == (3, 3) and g.subset != "Ties"]
+    if not groups:
+        return {}
+    fancier = np.subtract.outer(range(3), range(3)) * -1  # style of rejected less that of chosen
+    parts = {
+        "hard": fancier > 0,
+        "normal": fancier == 0,
+        "easy": fancier < 0,
+        "average": fancier > -3,
+    }
+    ids = [g.prompt_id for g in groups]
+    figures = {}
+    for name, part in parts.items():
+        figures[name] = resampled_mean([g.wins[part].mean() for g in groups], ids, seed, "RM-Bench")
+    by_domain: dict[str, list[np.ndarray]] = {}
+    for subset in sorted({g.subset for g in groups}):
+        those = [g for g in groups if g.subset == subset]
+        average = resampled_mean(
+            [g.wins.mean() for g in those], [g.prompt_id for g in those], seed, subset
+        )
+        by_domain.setdefault(subset.partition("-")[0], []).append(average)
+    for domain in RM_BENCH_DOMAINS:
+        if domain in by_domain:
+            figures[domain] = np.mean(by_domain[domain], axis=0)
+    if by_domain.keys() >= {*RM_BENCH_DOMAINS}:
+        figures["overall"] = np.mean([figures[domain] for domain in RM_BENCH_DOMAINS], axis=0)
+    return figures
+
+
+def measure_judgebench(opinions: "Opinions", seed: int) -> Figures:
+    """Accuracy by source, and over all pairs (Tan et al., arXiv 2410.12784)."""
+    figures = {}
+    ids = np.array([score.prompt_id for score in opinions.scores])
+    subsets = np.array([score.subset for score in opinions.scores])
+    for source in ("overall", *rm.JUDGEBENCH_SOURCES):
+        here = np.isin(subsets, rm.JUDGEBENCH_SOURCES if source == "overall" else [source])
+        if here.any():
+            figures[source] = resampled_mean(opinions.correct[here], ids[here], seed, source)
+    return figures
+
+
+def audit_critiques(
+    pairs: Sequence[Pair], scores: Sequence[PairScore], plain: Sequence[PairScore]
+) -> list[dict]:
+    """How each critique moves the reward, r(x, y, c) − r(x, y), and whether away from the label.
+
+    `plain` are scores of the same pairs without critiques. A critique of a response that stands in
+    several pairs comes once.
+    """
+    without = {score.id: score for score in plain}
+    rows = {}
+    for pair, score in zip(pairs, scores):
+        if pair.id not in without:
+            continue
+        for side, answer in zip(rm.SIDES, pair.answers):
+            before = getattr(without[pair.id], f"{side}_reward")
+            rewards = getattr(score, f"{side}_rewards")
+            for critique, reward in zip(answer.critiques, rewards):
+                shift = reward - before
+                key = (pair.prompt, side, answer.message, critique)
+                rows.setdefault(
+                    key,
+                    {
+                        "id": pair.id,
+                        "subset": pair.subset,
+                        "side": side,
+                        "prompt": [message.to_dict() for message in pair.prompt],
+                        "response": answer.message.text,
+                        "critique": critique,
+                        "reward": reward,
+                        "reward_without": before,
+                        "shift": shift,
+                        "misleads": shift < 0 if side == "chosen" else shift > 0,
+                    },
+                )
+    return list(rows.values())
+
+
+def summarize_audit(audit: list[dict]) -> dict[str, tuple[int, int]]:
+    """By subset: the number of critiques, and of those that do not mislead."""
+    counts: dict[str, tuple[int, int]] = {}
+    for row in audit:
+        n, n_right = counts.get(row["subset"], (0, 0))
+        counts[row["subset"]] = (n + 1, n_right + (not row["misleads"]))
+    return counts
+
+
+def measure_critiques(scores: list[PairScore], seed: int) -> Figures:
+    """Accuracy with 1, 2, … K critiques a response, drawn from its own, and by majority.
+
+    With k: of the mean rewards of k drawn critiques, the mean over N_DRAWS draws; all there are
+    where there are fewer. Majority: more than half of all pairs of a chosen critique's reward and a
+    rejected one's are the right way round. Empty if no response has several.
+    """
+    n_most = max(len(r) for s in scores for r in (s.chosen_rewards, s.rejected_rewards))
+    if n_most < 2:
+        return {}
+    rng, ids = np.random.default_rng(seed), [score.prompt_id for score in scores]
+    figures = {}
+    for k in range(1, n_most + 1):
+        right = []
+        for score in scores:
+            sides = []
+            for rewards in (score.chosen_rewards, score.rejected_rewards):
+                order = rng.random((N_DRAWS, len(rewards))).argsort(axis=1)[:, :k]
+                sides.append(np.array(rewards)[order].mean(axis=1))
+            right.append((sides[0] > sides[1]).mean())
+        figures[f"{k} critique{'s' if k > 1 else ''}, mean"] = resampled_mean(right, ids, seed)
+    votes = [np.greater.outer(s.chosen_rewards, s.rejected_rewards).mean() > 0.5 for s in scores]
+    figures[f"{n_most} critiques, majority"] = resampled_mean(votes, ids, seed)
+    return figures
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
 
 
 def collect_opinions(
@@ -547,24 +819,31 @@ def collect_opinions(
     Where a judge has left pairs out, the reward model has another row, on the same pairs.
     """
 
-    def by(quantity: str, scorer: str, those: list[PairScore]) -> Opinions:
-        chosen, rejected = ([getattr(s, f"{side}_{quantity}") for s in those] for side in rm.SIDES)
-        margins = np.subtract(chosen, rejected)
-        return Opinions(scorer, those, (margins > 0).astype(float), margins == 0)
-
     reviewed = [s for s in scores if s.chosen_critique_words and s.rejected_critique_words]
-    opinions = [
-        *(by("reward", name, those) for name, those in {"reward model": scores, **probed}.items()),
-        by("words", "longer response wins", scores),
-        by("critique_words", "longer critique wins", reviewed),
+    opinions = [opinions_by("reward", "reward model", scores)]
+    for name, changed in probed.items():
+        opinions.append(opinions_by("reward", name, changed))
+    opinions += [
+        opinions_by("words", "longer response", scores),
+        opinions_by("words", "shorter response", scores, sign=-1),
+        opinions_by("critique_words", "longer critique", reviewed),
     ]
     for path in judges:
         for judge in read_verdicts(path, scores, len(judges) > 1):
             opinions.append(judge)
             if len(judge.scores) < len(scores):
                 name = f"reward model, pairs of {judge.scorer}"
-                opinions.append(by("reward", name, judge.scores))
+                opinions.append(opinions_by("reward", name, judge.scores))
     return [opinion for opinion in opinions if opinion.scores]
+
+
+def opinions_by(quantity: str, scorer: str, scores: list[PairScore], sign: int = 1) -> Opinions:
+    """Prefers the response of which a field of PairScore is higher, or lower with `sign` -1."""
+    chosen = [getattr(score, f"chosen_{quantity}") for score in scores]
+    rejected = [getattr(score, f"rejected_{quantity}") for score in scores]
+    values = sign * np.array([chosen, rejected], float).T.reshape(-1, 2)
+    margins = values[:, 0] - values[:, 1]
+    return Opinions(scorer, scores, (margins > 0).astype(float), values, ties=margins == 0)
 
 
 def read_verdicts(
@@ -598,29 +877,70 @@ def read_verdicts(
 
 def tabulate(
     scores: list[PairScore],
-    n_by_subset: Counter[str] | None = None,
+    pairs: Sequence[Pair | PairScore] | None = None,
     judges: Sequence[str] = (),
     seed: int = 0,
     probed: dict[str, list[PairScore]] | None = None,
 ) -> list[Row]:
-    """All rows of the table: for each scorer overall, by subset, and by RewardBench section.
+    """All rows of the table: for each scorer overall, by subset, by RewardBench section, benchmark.
 
-    Probes have a row each, without subsets.
+    `pairs` are all that there are, of which some may not have been scored.
     """
     rows = []
-    n_by_subset = n_by_subset or Counter(score.subset for score in scores)
-    probed = probed or {}
-    for opinions in collect_opinions(scores, judges, probed):
+    pairs = scores if pairs is None else pairs
+    n_by_subset = Counter(pair.subset for pair in pairs)
+    n_by_group = Counter(pair.group for pair in pairs if pair.group)
+    for opinions in collect_opinions(scores, judges, probed or {}):
         rows.append(opinions.measure("all", n_by_subset.total(), seed))
-        by_subset = [
-            those.measure(subset or "(none)", n, seed)
-            for subset, n in sorted(n_by_subset.items())
-            if len(n_by_subset) > 1 and opinions.scorer not in probed
-            if (those := opinions.within(subset)).scores
-        ]
+        by_subset = []
+        for subset, n in sorted(n_by_subset.items()) if len(n_by_subset) > 1 else ():
+            those = opinions.within(subset)
+            if those.scores:
+                by_subset.append(those.measure(subset or "(none)", n, seed))
         accuracy = {row.subset: row.accuracy for row in by_subset}
         rows += by_subset + rewardbench_rows(opinions.scorer, accuracy)
+        rows += group_rows(opinions, n_by_group, seed)
+    return rows + critique_rows(scores, seed)
+
+
+def group_rows(opinions: Opinions, n_by_group: Counter[str], seed: int) -> list[Row]:
+    """Best of n over the records that list several responses, and the figures of benchmarks."""
+    groups = collect_groups(opinions, n_by_group)
+    rows = []
+    if opinions.scorer == "reward model" and len(groups) < len(n_by_group):
+        n_left_out = len(n_by_group) - len(groups)
+        say(
+            f"{n_left_out} of {len(n_by_group)} lists of responses are incomplete: not in best of n"
+        )
+    if groups and all(group.chosen is not None for group in groups):
+        ids = [group.prompt_id for group in groups]
+        figure = resampled_mean([group.best_of_n for group in groups], ids, seed)
+        rows.append(figure_row(opinions.scorer, "best of n", len(groups), figure))
+    for benchmark, figures in measure_benchmarks(opinions, groups, seed).items():
+        for name, figure in figures.items():
+            rows.append(figure_row(opinions.scorer, f"{benchmark}: {name}", None, figure))
     return rows
+
+
+def critique_rows(scores: list[PairScore], seed: int) -> list[Row]:
+    figures = measure_critiques(scores, seed)
+    return [figure_row("reward model", name, len(scores), f) for name, f in figures.items()]
+
+
+def benchmarks_as_dict(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """The reward model's figures of benchmarks, for --json."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        benchmark, colon, name = row.subset.partition(": ")
+        if row.scorer == "reward model" and colon and row.pairs is None:
+            figure = {"value": row.accuracy, "low": row.low, "high": row.high}
+            found.setdefault(benchmark, {})[name] = figure
+    return found
+
+
+def figure_row(scorer: str, name: str, n: int | None, figure: np.ndarray) -> Row:
+    low, high = percentile_interval(figure[1:])
+    return Row(scorer, name, n, float(figure[0]), low, high)
 
 
 def rewardbench_rows(scorer: str, accuracy: dict[str, float]) -> list[Row]:
@@ -636,6 +956,70 @@ def rewardbench_rows(scorer: str, accuracy: dict[str, float]) -> list[Row]:
     return rows
 
 
+def to_wide(rows: Sequence[Row]) -> str:
+    """The table that people read: subsets down, scorers across, the first with its interval."""
+    scorers = list(dict.fromkeys(row.scorer for row in rows))
+    cells = {(row.subset, row.scorer): row for row in rows}
+    subsets = list(dict.fromkeys(row.subset for row in rows))
+    first = [cells.get((subset, scorers[0])) for subset in subsets]
+    columns = {"": subsets, "n": [show(row and row.pairs) for row in first]}
+    for scorer in scorers:
+        column = [cells.get((subset, scorer)) for subset in subsets]
+        columns[SHORT_NAMES.get(scorer, scorer)] = [
+            f"{row.accuracy:.3f}" if row else "" for row in column
+        ]
+        if scorer == scorers[0]:
+            columns["95 % interval"] = [show_interval(row) if row else "" for row in first]
+    notes = []
+    for row in rows:
+        if row.subset == "all":
+            notes += note_of(row)
+    return "\n".join([layout(columns), *([""] if notes else []), *notes])
+
+
+SHORT_NAMES = {  # the table is to fit a screen
+    "longer response": "longer",
+    "shorter response": "shorter",
+    **{f"reward model, {probe}": probe for probe in PROBES},
+}
+
+
+def note_of(row: Row) -> list[str]:
+    """What else there is to know of a scorer: a line, if there is."""
+    known = []
+    if row.ties and "longer" not in row.scorer and "shorter" not in row.scorer:
+        known.append(f"{row.ties:.1%} ties, which count as wrong")
+    if row.inconsistent is not None:
+        known.append(f"{row.inconsistent:.1%} of the verdicts change with the order")
+    if row.coverage is not None and row.coverage < 1:
+        known.append(f"{row.coverage:.1%} of the pairs")
+    return [f"- {row.scorer}: {', '.join(known)}"] if known else []
+
+
+def show_audit(audit: list[dict]) -> str:
+    """How many critiques move the reward towards the label, by subset; those that mislead most."""
+    counts = summarize_audit(audit)
+    columns = {
+        "critiques": [subset or "(all)" for subset in counts],
+        "n": [],
+        "towards the label": [],
+    }
+    for n, n_right in counts.values():
+        columns["n"].append(str(n))
+        columns["towards the label"].append(f"{n_right / n:.3f}")
+    lines = [layout(columns), "", "Critiques that mislead most (shift of the reward):"]
+    misleading = [row for row in audit if row["misleads"]]
+    for row in sorted(misleading, key=lambda row: -abs(row["shift"]))[:N_MISLEADING]:
+        text = to_cell(row["critique"])
+        text = text if len(text) <= 160 else text[:157] + "..."
+        lines.append(f"- {row['id']}, {row['side']}, {row['shift']:+.2f}: {text}")
+    return "\n".join(lines)
+
+
+def show_interval(row: Row | Difference | Point) -> str:
+    return "" if row.low is None else f"{row.low:.3f} to {row.high:.3f}"
+
+
 def to_markdown(rows: Sequence[Row | Difference | Point]) -> str:
     """A table with a column for each field that any of the rows fills."""
     columns = {}
@@ -643,7 +1027,7 @@ def to_markdown(rows: Sequence[Row | Difference | Point]) -> str:
         values = [getattr(row, name) for row in rows]
         if name == "low":
             name = "95 % interval"
-            values = [row.low is not None and f"{row.low:.3f} to {row.high:.3f}" for row in rows]
+            values = [show_interval(row) for row in rows]
         if name != "high" and not all(value in (None, "") for value in values):
             columns[name.replace("_", " ")] = [show(value) for value in values]
     return layout(columns)
@@ -777,8 +1161,9 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
     for path in args.judge:  # before hours of scoring
         read_verdicts(path, pairs)
     model, encoder = load(args)
-    if args.probe and not encoder.use_critiques:
-        raise CritiqueRMError(f"{args.run}: reads no critiques; --probe needs a model that does")
+    if (args.probe or args.audit) and not encoder.use_critiques:
+        advice = "--probe and --audit need a model that does"
+        raise CritiqueRMError(f"{args.run}: reads no critiques; {advice}")
     encoded = encoder.encode_pairs(pairs, args.data, skip_bad=args.skip_bad)
     scores = rm.score_pairs(model, encoded, args.micro_batch_tokens)
     description = {
@@ -794,22 +1179,36 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
         changed = apply_probe([e.pair for e in encoded], probe, args.seed)
         changed = encoder.encode_pairs(changed, f"{args.data}, {probe}", keep_equal=True)
         probed[f"reward model, {probe}"] = rm.score_pairs(model, changed, args.micro_batch_tokens)
+    audit = []
+    if args.audit:
+        encoder.use_critiques = False
+        plain = encoder.encode_pairs(
+            [e.pair for e in encoded], f"{args.data}, audit", keep_equal=True
+        )
+        plain = rm.score_pairs(model, plain, args.micro_batch_tokens)
+        audit = audit_critiques([e.pair for e in encoded], scores, plain)
     if dist.get_rank() != 0:
         return 0
+    if args.audit:
+        rm.replace_file(Path(args.audit), "".join(rm.to_json(row) + "\n" for row in audit))
     if args.scores:
         rm.write_scores(Path(args.scores), scores)
-    rows = tabulate(scores, Counter(p.subset for p in pairs), args.judge, args.seed, probed)
+    rows = tabulate(scores, pairs, args.judge, args.seed, probed)
     robustness = measure_robustness(scores)
     values = [f"{value:.4f}" for value in robustness.values()]
-    tables = [to_markdown(rows), layout({"reward model": list(robustness), "value": values})]
+    tables = [to_wide(rows), layout({"reward model": list(robustness), "value": values})]
     if args.probe:
         lines = [f"- {probe}: {PROBES[probe]}" for probe in dict.fromkeys(args.probe)]
         tables.insert(1, "\n".join([*lines, "", READS_CRITIQUES]))
+    if args.audit:
+        tables.append(show_audit(audit))
     if args.html:
-        page = to_html(tables, [e.pair for e in encoded], scores, draw_margins(scores))
+        blocks = "\n\n".join(tables).split("\n\n")
+        page = to_html(blocks, [e.pair for e in encoded], scores, draw_margins(scores))
         rm.replace_file(Path(args.html), page)
     if args.json:
         table = description | {"rows": [asdict(row) for row in rows], "robustness": robustness}
+        table["benchmarks"] = benchmarks_as_dict(rows)
         write_json(args.json, table)
     print("\n\n".join(tables))
     return 0

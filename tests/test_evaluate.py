@@ -14,7 +14,7 @@ import pytest
 
 import evaluate
 from conftest import run_script
-from critique_rm import CritiqueRMError, Message, Pair, PairScore
+from critique_rm import CritiqueRMError, Message, Pair, PairScore, read_pairs
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,9 +29,10 @@ def row(rows: list[evaluate.Row], scorer: str, subset: str) -> evaluate.Row:
 
 def test_a_tie_is_wrong_and_counted():
     scores = [score(0, 1.0), score(1, 0.0), score(2, -1.0), score(3, 2.0)]
-    (model, length) = evaluate.tabulate(scores)
+    model, longer, shorter = evaluate.tabulate(scores)
     assert (model.accuracy, model.ties, model.pairs) == (0.5, 0.25, 4)
-    assert (length.scorer, length.accuracy) == ("longer response wins", 0.0)
+    assert (longer.scorer, longer.accuracy) == ("longer response", 0.0)
+    assert (shorter.scorer, shorter.accuracy) == ("shorter response", 1.0)
 
 
 def test_rewardbench_sections_match_the_reference_figures():
@@ -129,7 +130,9 @@ def test_verdicts_that_say_nothing_are_refused_before_scoring(pair_id, last, tmp
 
 
 def test_pairs_that_were_not_scored_lower_the_coverage():
-    rows = evaluate.tabulate([score(0, 1.0, "a"), score(1, 1.0, "b")], Counter(a=4, b=1))
+    missing = [score(n, 0.0, "a") for n in range(2, 5)]
+    scored = [score(0, 1.0, "a"), score(1, 1.0, "b")]
+    rows = evaluate.tabulate(scored, scored + missing)
     assert [row(rows, "reward model", name).coverage for name in ("all", "a", "b")] == [0.4, 0.25, 1]
 
 
@@ -142,10 +145,10 @@ def test_subsets_have_rows_and_names_cannot_break_the_table():
 
 @pytest.mark.parametrize("name", ["a\nb", "a\r\n| x |", "\t", "a\x1b[31m", "\u2028"])
 def test_whatever_a_subset_is_called_a_row_is_a_line_of_equal_columns(name):
-    table = evaluate.to_markdown(evaluate.tabulate([score(0, 1.0, name), score(1, -1.0, "c")]))
+    table = evaluate.to_wide(evaluate.tabulate([score(0, 1.0, name), score(1, -1.0, "c")]))
     lines = table.splitlines()
-    assert len(lines) == 2 + 2 * 3
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {8}
+    assert len(lines) == 2 + 3
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7}
     assert all(line.isprintable() for line in lines)
 
 
@@ -245,6 +248,25 @@ def test_probes_move_critiques_and_nothing_else():
         )
         assert sorted(before) == sorted(after)
     assert [(p.chosen, p.rejected) for p in shuffled] == [(p.chosen, p.rejected) for p in pairs]
+
+
+def test_shuffling_moves_the_critique_of_a_response_once(tmp_path):
+    """A response of a list has one critique in all its pairs; swapping is of pairs, by definition."""
+    rows = [
+        {"id": str(n), "prompt": f"p{n}", "chosen": ["a", "b"], "rejected": ["c", "d", "e"]}
+        | {"chosen_critique": [f"{n}a", f"{n}b"], "rejected_critique": [f"{n}{x}" for x in "cde"]}
+        for n in range(8)
+    ]
+    (path := tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = read_pairs(str(path))
+    after = evaluate.shuffle_critiques(pairs, 0)
+    moved = {}
+    for p in after:
+        for side, response in zip(("chosen", "rejected"), (p.chosen, p.rejected)):
+            (critique,) = getattr(p, f"{side}_critiques")
+            assert moved.setdefault((p.group, response), critique) == critique
+    assert sorted(moved.values()) == sorted(f"{n}{x}" for n in range(8) for x in "abcde")
+    assert all(critique != group + response for (group, response), critique in moved.items())
 
 
 def test_shuffling_subsets_of_one_pair_is_not_swapping():
@@ -388,8 +410,10 @@ def test_probes_of_a_run_stand_beside_its_accuracy(finished, test_file, mesh, ca
     assert evaluate.evaluate_pairs(evaluate.parse_arguments([str(folder), *options])) == 0
     table = capsys.readouterr().out
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
-    assert f"| reward model | all | 12 | {accuracy:.4f} |" in table
-    assert "| reward model, swapped | all | 12 |" in table
+    names, _, row = (line.split(" | ") for line in table.splitlines()[:3])
+    table_row = dict(zip(names, row))
+    assert list(table_row)[4:6] == ["swapped", "response-only"]
+    assert table_row["reward model"] == f"{accuracy:.3f}"
     assert "- response-only: critiques and separator removed" in table
     swapped = [json.loads(line) for line in test_file.read_text().splitlines()]
     for row in swapped:
@@ -398,12 +422,10 @@ def test_probes_of_a_run_stand_beside_its_accuracy(finished, test_file, mesh, ca
     other.write_text("".join(json.dumps(row) + "\n" for row in swapped))
     options = ["--data", str(test_file), "--critiques", str(other)]
     assert evaluate.evaluate_pairs(evaluate.parse_arguments([str(folder), *options])) == 0
-    rows = {line.split(" | ")[0]: line for line in table.splitlines()}
-    assert rows["| reward model, swapped"].replace(", swapped", "") in capsys.readouterr().out
+    assert f"| all | 12 | {table_row['swapped']} |" in capsys.readouterr().out
     options = ["--data", str(test_file), "--no-critiques"]
     assert evaluate.evaluate_pairs(evaluate.parse_arguments([str(folder), *options])) == 0
-    plain = rows["| reward model, response-only"].replace(", response-only", "")
-    assert plain in capsys.readouterr().out
+    assert f"| all | 12 | {table_row['response-only']} |" in capsys.readouterr().out
     two = ["--compare", str(scores), str(folder / "scores-test.jsonl")]
     assert evaluate.compare_scores(evaluate.parse_arguments(two)) == 0
     assert f"| all | 12 | {accuracy:.4f} | {accuracy:.4f} | 0.0000 |" in capsys.readouterr().out
@@ -420,7 +442,7 @@ def test_equal_critiques_are_ties_of_a_probe_without_responses(
     options = ["--data", str(data), "--probe", "critique-only", "--json", str(table)]
     assert evaluate.evaluate_pairs(evaluate.parse_arguments([str(finished[0]), *options])) == 0
     rows = json.loads(table.read_text())["rows"]
-    (probe,) = (row for row in rows if row["scorer"] == "reward model, critique-only")
+    probe = next(row for row in rows if row["scorer"] == "reward model, critique-only")
     assert (probe["pairs"], probe["ties"], probe["coverage"]) == (12, 3 / 12, 1)
 
 
@@ -431,7 +453,7 @@ def test_evaluating_a_run_repeats_its_test(finished, test_file, tmp_path):
     code, markdown, err = run_script("evaluate.py", folder, *options, processes=2)
     assert code == 0, err
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
-    assert markdown.splitlines()[2].startswith(f"| reward model | all | 12 | {accuracy:.4f} |")
+    assert markdown.splitlines()[2].startswith(f"| all | 12 | {accuracy:.3f} |")
     assert json.loads(table.read_text())["rows"][0]["accuracy"] == accuracy
     mine, trained = (
         [json.loads(line)["chosen_reward"] for line in path.read_text().splitlines()]
