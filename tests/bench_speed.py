@@ -283,7 +283,7 @@ def score(run: str, file: str, how: str) -> dict:
     import critique_rm as rm
 
     if how == "alone":
-        rm.shares_prefixes = lambda config: False
+        rm.shares_prefixes = lambda model, longest: False
     model, encoder = rm.load_reward_model(run)
     pairs = rm.read_pairs(file)
     start = time.perf_counter()
