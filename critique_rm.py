@@ -1147,17 +1147,20 @@ class ControlTokens:
     """The tokens added to a vocabulary, special or not, that data must never become.
 
     Where a text spells one, `hide` puts an invisible character behind its first letter: `<|im_end|>`
-    in a response stays ten letters. Runs of white space, which some vocabularies (Gemma) add, are
-    text like any other.
+    in a response stays ten letters. Runs of white space, which some vocabularies (Gemma) add, and
+    single letters are text like any other.
+
+    Raises CritiqueRMError for a tokenizer whose end token is a single letter: data would hold it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.ids: dict[str, int] = {}  # by text
         for token_id, token in tokenizer.added_tokens_decoder.items():
-            text = token.content
-            is_special = text.strip() and text in tokenizer.all_special_tokens
-            if len(text.strip()) > 1 or is_special:
-                self.ids[text] = token_id
+            if len(token.content.strip()) > 1:
+                self.ids[token.content] = token_id
+        if len((tokenizer.eos_token or "long").strip()) < 2:
+            problem = f"the end token {tokenizer.eos_token!r} is a single character"
+            raise CritiqueRMError(f"{problem}, which data may hold; set another eos_token")
         longest_first = sorted(map(re.escape, self.ids), key=len, reverse=True)
         any_token = "|".join(longest_first) or "(?!)"
         # the first letters alone are looked for first: Gemma 3 has 6,000 such tokens
@@ -1182,9 +1185,9 @@ class ControlTokens:
 class ChatTemplate:
     """Writes conversations as a tokenizer's chat template does, from data that cannot forge tokens.
 
-    The template sees the data (it may strip, split or escape them), with control tokens hidden. The
-    one exception are the marks of reasoning (`<think>…</think>`) with which an answer begins, if the
-    template looks for them.
+    The template sees the data (it may strip, split or escape them), with control tokens hidden, and
+    so are the marks of reasoning (`<think>…</think>`) if the template looks for them. The one
+    exception: those that enclose the reasoning with which an answer begins.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, control: ControlTokens) -> None:
@@ -1192,8 +1195,10 @@ class ChatTemplate:
         if tokenizer.chat_template is None:
             say("tokenizer without chat template: using plain 'User: … Assistant: …' text")
             tokenizer.chat_template = PLAIN_TEMPLATE
-        tokenizer.chat_template = tokenizer.get_chat_template()  # the default one of several
-        if "strftime_now" in tokenizer.chat_template and FROZEN_DATE not in tokenizer.chat_template:
+        with explain("the tokenizer has no usable chat template", Exception):
+            tokenizer.chat_template = tokenizer.get_chat_template()  # the default one of several
+            is_dated = "strftime_now" in tokenizer.chat_template
+        if is_dated and FROZEN_DATE not in tokenizer.chat_template:
             tokenizer.chat_template = FROZEN_DATE + tokenizer.chat_template
         self.probe = lru_cache(1024)(self._probe)
 
@@ -1202,7 +1207,8 @@ class ChatTemplate:
         text = self.apply(messages, self.control.hide)
         n_written = self.control.count(text)
         if n_written > self.probe(shape_of(messages)).n_control:
-            # because of the data: the template may well write more for them, but of its own letters
+            # A template may write more of them for what data say; then as many as for these data
+            # in other letters, with which no control token can be written.
             disguised = self.apply(messages, self.control.disguise)
             if n_written > self.control.count(disguised):
                 raise CritiqueRMError(
@@ -1217,37 +1223,51 @@ class ChatTemplate:
             if message.role == "tools":
                 tools = map_texts(json.loads(message.content), hide)
                 continue
-            turn = map_texts(message.to_dict(), hide) | {"role": message.role}
-            if message.role == "assistant":
-                turn["content"] = self._hide_after_reasoning(message.content, hide)
-            turns.append(turn)
+            more = map_texts(json.loads(message.more or "{}"), hide)
+            content = self._hide_content(message, hide)
+            turns.append({"role": message.role, "content": content, **more})
         roles = ", ".join(turn["role"] for turn in turns)
         problem = f"the chat template refuses the turns {roles}; change the prompts or the template"
         with explain(problem, Exception):  # templates are programs
             return self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
 
-    def _hide_after_reasoning(self, text: str, hide: Callable[[str], str]) -> str:
-        """Hides a text but for the marks of the reasoning it begins with; the first may be missing."""
-        for opening, closing in self._reasoning_marks:
+    def _hide_content(self, message: Message, hide: Callable[[str], str]) -> str:
+        """Hides a content, but for the marks of the reasoning with which an answer begins.
+
+        The opening one may be missing. Reasoning in a field of its own leaves none to the content.
+        """
+        text, start = message.content, ""
+        for opening, closing in self.reasoning_marks:
             thought, found, answer = text.partition(closing)
-            start = thought[: len(thought) - len(thought.lstrip())]
-            if thought.startswith(start + opening):
-                start += opening
-            thought = thought[len(start) :]
-            if found and opening not in thought and SEPARATOR not in thought:  # no critique ends it
-                return start + hide(thought) + closing + hide(answer)
-        return hide(text)
+            blank = thought[: len(thought) - len(thought.lstrip())]
+            head = blank + opening if thought.startswith(blank + opening) else blank
+            thought = thought[len(head) :]
+            is_block = found and opening not in thought and SEPARATOR not in thought
+            if is_block and message.role == "assistant" and "reasoning" not in message.more:
+                start, text = head + self._hide_marks(hide(thought)) + closing, answer
+                break
+        return start + self._hide_marks(hide(text))
+
+    def _hide_marks(self, text: str) -> str:
+        """Breaks the marks of reasoning that are no control tokens."""
+        for mark in itertools.chain(*self.reasoning_marks):
+            text = text.replace(mark, mark[0] + BREAK + mark[1:])
+        return text
 
     @cached_property
-    def _reasoning_marks(self) -> list[tuple[str, str]]:
-        """The pairs of control tokens, like <think> and </think>, that the template looks for.
+    def reasoning_marks(self) -> list[tuple[str, str]]:
+        """The pairs of marks, like <think> and </think>, that the template looks for in an answer.
 
-        Found by trying whether it does more than print them, in the last answer or an earlier one.
+        Candidates are control tokens and what its source spells. Found by trying whether it does
+        more than print them, in the last answer or an earlier one.
         """
-        self.__dict__["_reasoning_marks"] = marks = []  # for the trial itself
-        for opening in self.control.ids:
-            closing = f"{opening[0]}/{opening[1:]}"
-            if closing in self.control.ids:
+        self.__dict__["reasoning_marks"] = marks = []  # none in the trial itself
+        spelled = re.findall(r"</\w+>|\[/\w+\]", self.tokenizer.chat_template)
+        closings = dict.fromkeys([*self.control.ids, *spelled])
+        for closing in closings:
+            opening = closing[:1] + closing[2:]
+            is_pair = closing[1:2] == "/" and (opening in self.control.ids or closing in spelled)
+            if is_pair:
                 answer = f"{opening}b{closing}c"
                 turns = [Message("user", "a"), Message("assistant", answer)] * 2
                 with suppress(CritiqueRMError):
@@ -1259,16 +1279,11 @@ class ChatTemplate:
         """What the template does with messages of this shape, whatever their contents."""
         marked = []
         for n, message in enumerate(shape):
-            is_tools = message.role == "tools"
-            marked.append(message if is_tools else message._replace(content=f"{MARK}{n}{MARK}"))
+            content = message.content if message.role == "tools" else f"{MARK}{n}{MARK}"
+            marked.append(message._replace(content=content))
         text = self.apply(marked, self.control.disguise)
-        unseen = []
-        for message in marked:
-            if message.role != "tools" and message.content not in text:
-                unseen.append(message.role)
-        if marked[-1].content not in text:
-            raise CritiqueRMError("the chat template does not end with the assistant's message")
-        return Probe(self.control.count(text), unseen)
+        shown = [message.content in text for message in marked]
+        return Probe(self.control.count(text), shown)
 
     @cached_property
     def tail(self) -> tuple[str, str]:
@@ -1297,26 +1312,45 @@ class ChatTemplate:
             raise CritiqueRMError("the chat template does not end this answer with an end token")
         return text[:end]
 
-    def unseen(self, messages: Sequence[Message]) -> list[str]:
-        """What of a conversation the template does not show: messages, and what stands in `more`."""
-        unseen = [f"a {role!r} message" for role in self.probe(shape_of(messages)).unseen_roles]
-        whole = None
+    def unseen(self, messages: Sequence[Message], text: str) -> list[str]:
+        """What of a conversation its rendered text does not show: contents, and fields of `more`.
+
+        Raises CritiqueRMError if that is a critique.
+        """
+        unseen = []
+        shown = self.probe(shape_of(messages)).shown
+        for message, is_shown in zip(messages, shown):
+            is_said = message.role != "tools" and message.content.strip()
+            if is_said and not self._shows(message, text if is_shown else ""):
+                unseen.append(f"a message of role {message.role!r}")
         for n, message in enumerate(messages):
             names = ["tools"] if message.role == "tools" else json.loads(message.more or "{}")
             for name in names:
-                whole = whole or self.apply(messages, str)
                 without = [] if name == "tools" else [message.without(name)]
                 with suppress(CritiqueRMError):  # without it, the template refuses them
-                    if self.apply([*messages[:n], *without, *messages[n + 1 :]], str) == whole:
+                    changed = [*messages[:n], *without, *messages[n + 1 :]]
+                    if self.apply(changed, self.control.hide) == text:
                         unseen.append(repr(name))
         return list(dict.fromkeys(unseen))
+
+    def _shows(self, message: Message, text: str) -> bool:
+        """Whether a text holds the whole content, or as JSON, but for marks and white space."""
+        content = self._hide_content(message, self.control.hide)
+        for mark in itertools.chain(*self.reasoning_marks):
+            content = content.replace(mark, MARK)
+        parts = [part.strip() for part in content.split(MARK)]
+        whole = all(part in text or to_json(part)[1:-1] in text for part in parts)
+        critique = content.rpartition(SEPARATOR)[2].strip()
+        if not whole and SEPARATOR in content and critique not in text:
+            raise CritiqueRMError("the chat template does not show the whole critique")
+        return whole
 
 
 class Probe(NamedTuple):
     """What a template does with messages of some shape."""
 
     n_control: int  # tokens that it writes
-    unseen_roles: list[str]  # of messages that it does not write
+    shown: list[bool]  # for each message, whether its content is written
 
 
 def shape_of(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -1324,14 +1358,21 @@ def shape_of(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(m if m.role == "tools" else m._replace(content="") for m in messages)
 
 
+PROTOCOL = {*MESSAGE_FIELDS, "arguments", "description", "enum", "function", "id", "items"}
+PROTOCOL |= {"parameters", "properties", "required", "role", "content", "type"}
+
+
 def map_texts(value: object, change: Callable[[str], str]) -> Any:
-    """A JSON value with all its texts changed, the names of fields too."""
+    """A JSON value with all its texts changed, and the names of fields that data chose."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
         return [map_texts(item, change) for item in value]
     if isinstance(value, dict):
-        return {change(name): map_texts(item, change) for name, item in value.items()}
+        changed = {}
+        for name, item in value.items():
+            changed[name if name in PROTOCOL else change(name)] = map_texts(item, change)
+        return changed
     return value
 
 
@@ -1413,10 +1454,10 @@ class Encoder:
         keep their beginning, the prompt its end, cut at the same place for all answers. None if
         even that does not fit. Both are counted, as `n_pairs`, and so is what the template leaves out.
         """
-        for what in self._unseen(answers):
-            self.counts[f"with {what}, which the chat template does not show"] += n_pairs
         prompt, responses = answers[0].prompt, [a.response for a in answers]
         encoded, excess = self._encode_as(prompt, answers, responses)
+        for what in self._unseen(answers):
+            self.counts[f"with {what} that the chat template does not show whole"] += n_pairs
         if excess <= 0:
             return encoded
         blank = [m if m.role == "tools" else m._replace(content="") for m in prompt]
@@ -1443,10 +1484,20 @@ class Encoder:
         return None
 
     def _unseen(self, answers: Sequence[Answer]) -> list[str]:
+        """What the template does not show of the answers, each with its first critique."""
         unseen = {}
-        for answer in answers if any(answer.more for answer in answers) else answers[:1]:
-            unseen |= dict.fromkeys(self.template.unseen([*answer.prompt, answer.message]))
+        for answer in answers:
+            message = self._messages(answer, answer.response)[0]
+            messages = [*answer.prompt, message]
+            text = self.template.apply(messages, self.template.control.hide)
+            unseen |= dict.fromkeys(self.template.unseen(messages, text))
         return list(unseen)
+
+    def _messages(self, answer: Answer, response: str) -> list[Message]:
+        """The assistant's message with each critique, or without any."""
+        critiques = answer.critiques if self.use_critiques else ()
+        texts = [response + SEPARATOR + critique for critique in critiques] or [response]
+        return [Message("assistant", text, answer.more) for text in texts]
 
     def _encode_as(
         self, prompt: Sequence[Message], answers: Sequence[Answer], responses: list[str]
@@ -1454,9 +1505,7 @@ class Encoder:
         """The sequences of answers with this prompt and responses; the tokens above the limit."""
         encoded = []
         for answer, response in zip(answers, responses):
-            critiques = answer.critiques if self.use_critiques else ()
-            texts = [response + SEPARATOR + c for c in critiques] or [response]
-            messages = [Message("assistant", text, answer.more) for text in texts]
+            messages = self._messages(answer, response)
             encoded.append([self.encode((*prompt, message)) for message in messages])
         return encoded, max(map(len, itertools.chain(*encoded))) - self.max_length_tokens
 

@@ -4,6 +4,7 @@ The templates are small ones of our own that behave like those of the models the
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,14 +156,11 @@ def test_control_tokens_are_hidden_in_what_json_escapes():
     assert f'x <{rm.BREAK}|"|> y' in tokenizer.decode(ids)
 
 
-def test_an_end_token_of_one_letter_cannot_be_forged():
+def test_an_end_token_of_one_letter_is_refused():
     tokenizer = make_tokenizer("gpt2")
     tokenizer.add_special_tokens({"eos_token": "¤"})
-    encoder = Encoder(tokenizer, 512, True)
-    ids = encoder.encode(talk([user("p"), assistant("r")]))
-    assert (ids == tokenizer.eos_token_id).sum() == 1 and ids[-1] == tokenizer.eos_token_id
-    with pytest.raises(CritiqueRMError, match="control token"):
-        encoder.encode(talk([user("5 ¤"), assistant("r")]))
+    with pytest.raises(CritiqueRMError, match="the end token '¤' is a single character"):
+        Encoder(tokenizer, 512, True)
 
 
 def test_a_tokenizer_that_makes_control_tokens_of_other_text_is_noticed():
@@ -209,14 +207,14 @@ def test_what_the_template_does_not_show_is_counted(capsys):
     encoder.use_critiques = False
     assert len(encoder.encode_pairs([shown, unseen, pair()], "a.jsonl")) == 3
     assert capsys.readouterr().err == (
-        "a.jsonl: 3 of 3 pairs used; 1 with 'name', which the chat template does not show, "
-        "1 with 'reasoning_content', which the chat template does not show\n"
+        "a.jsonl: 3 of 3 pairs used; 1 with 'name' that the chat template does not show whole, "
+        "1 with 'reasoning_content' that the chat template does not show whole\n"
     )
     encoder = make_encoder("strips")
     encoder.use_critiques = False
     tools = [Message("tools", '[{"name": "f"}]'), Message("user", "p")]
     encoder.encode_pairs([pair(chosen="c"), sized(1, 1, 2, prompt=tuple(tools))], "b.jsonl")
-    assert "1 with 'tools', which the chat template does not show" in capsys.readouterr().err
+    assert "1 with 'tools' that the chat template does not show whole" in capsys.readouterr().err
 
 
 def test_messages_that_the_template_does_not_write_are_counted(capsys):
@@ -226,9 +224,10 @@ def test_messages_that_the_template_does_not_write_are_counted(capsys):
     encoder = Encoder(tokenizer, 512, False)
     lost = pair([{"role": "system", "content": "s"}, user("p")])
     encoder.encode_pairs([lost, pair(id="b"), lost], "a.jsonl")
-    expected = "3 of 3 pairs used; 2 with a 'system' message, which the chat template does not show"
-    assert expected in capsys.readouterr().err
-    assert encoder.encode_singles([lost.answers[0]]) and "1 with a 'system'" in encoder.describe_counts()
+    expected = "2 with a message of role 'system' that the chat template does not show whole"
+    assert f"3 of 3 pairs used; {expected}" in capsys.readouterr().err
+    assert encoder.encode_singles([lost.answers[0]])
+    assert "1 with a message of role 'system'" in encoder.describe_counts()
 
 
 def test_one_message_may_show_what_another_does_not(capsys):
@@ -238,7 +237,78 @@ def test_one_message_may_show_what_another_does_not(capsys):
     encoder = Encoder(tokenizer, 512, False)
     named = pair([user("p") | {"more": '{"name": "x"}'}], chosen_more='{"name": "y"}')
     encoder.encode_pairs([named], "a.jsonl")
-    assert "1 with 'name', which the chat template does not show" in capsys.readouterr().err
+    assert "1 with 'name' that the chat template does not show whole" in capsys.readouterr().err
+
+
+PARTS = {  # templates that leave out a part of a content: of which role, and of what
+    "{{ m.content[:8] }}": ("user", "a long question"),
+    "{{ m.content.split('\n')[0] }}": ("user", "one\ntwo"),
+    "{{ m.content.split('</think>')[-1] }}": ("user", "one </think> two"),
+}
+
+
+@pytest.mark.parametrize("template", PARTS)
+def test_contents_that_are_shown_in_part_are_counted_and_critiques_refused(template, capsys):
+    role, content = PARTS[template]
+    tokenizer = make_tokenizer("chatml")
+    shown = f"{{% if m.role == '{role}' %}}{template}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{TURN}{shown}{END}{{% endfor %}}"
+    Encoder(tokenizer, 512, False).encode_pairs([pair(content), pair("short", id="b")], "a")
+    n = 1 if "</think>" not in content else 0  # a broken mark is not split at
+    expected = f"{n} with a message of role 'user'" if n else "none cut or left out"
+    assert f"2 of 2 pairs used; {expected}" in capsys.readouterr().err
+    tokenizer.chat_template = f"{{% for m in messages %}}{TURN}{template}{END}{{% endfor %}}"
+    both = {"chosen_critiques": (content,), "rejected_critiques": ("x",)}
+    if n:
+        with pytest.raises(CritiqueRMError, match="does not show the whole critique"):
+            Encoder(tokenizer, 512, True).encode_pairs([pair(content, **both)], "a")
+
+
+@pytest.mark.parametrize("plain", ["It is 4.", "<think>two</think>It is 4.", "two</think>It is 4."])
+def test_marks_that_are_no_tokens_are_hidden_as_well(plain, capsys):
+    """A Llama with Qwen 3's template: the marks are text, and a critique that names them is whole."""
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.chat_template = TEMPLATES["splits reasoning"].replace("<|im_end|>", "<|eot_id|>")
+    encoder = Encoder(tokenizer, 512, True)
+    answer = Answer(talk([user("p")]), plain, ("no </think> is there",))
+    [[ids]] = encoder.encode_answers([answer])
+    text = tokenizer.decode(ids).replace(rm.BREAK, "")
+    thought = "two" if "two" in plain else ""
+    expected = f"<think>\n{thought}\n</think>\n\nIt is 4.{rm.SEPARATOR}no </think> is there<|eot_id|>"
+    assert text.endswith(expected)
+    assert not encoder.counts["truncated"] and not encoder.describe_counts()
+
+
+def test_reasoning_beside_a_content_leaves_no_marks_to_it():
+    encoder = make_encoder("splits reasoning")
+    marks = [encoder.control.ids[mark] for mark in ("<think>", "</think>")]
+    more = '{"reasoning_content": "r"}'
+    for content in ("x", "a</think>b", "<think>a</think>b"):
+        ids = encoder.encode([*talk([user("p")]), Message("assistant", content, more)])
+        assert [i for i in ids if i in marks] == marks
+
+
+def test_a_token_that_spells_a_field_hides_no_field():
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.add_tokens(["content", "tool_calls", "arguments"])
+    tokenizer.chat_template = TEMPLATES["escapes tool results"]
+    encoder = Encoder(tokenizer, 512, True)
+    more = json.dumps({"tool_calls": [CALL]})
+    text = encoder.render([*talk([user("the content")]), Message("assistant", "", more)])
+    assert f"the c{rm.BREAK}ontent" in text and "Oslo" in text
+
+
+def test_a_tool_call_may_be_the_answer_where_it_is_all_that_is_shown():
+    tokenizer = make_tokenizer("chatml")
+    only = f"{{% if m.tool_calls %}}{CALLS}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{TURN}{only}{END}{{% endfor %}}"
+    called = pair(chosen="", chosen_more=json.dumps({"tool_calls": [CALL]}))
+    encoder = Encoder(tokenizer, 512, False)
+    [encoded] = encoder.encode_pairs([called], "a")
+    assert "Oslo" in tokenizer.decode(encoded.chosen[0]) and not encoder.describe_counts()
+    critiques = {"chosen_critiques": ("c",), "rejected_critiques": ("r",)}
+    with pytest.raises(CritiqueRMError, match="does not show the whole critique"):
+        Encoder(tokenizer, 512, True).encode_pairs([replace(called, **critiques)], "a")
 
 
 def test_tools_and_calls_are_never_cut():
