@@ -238,13 +238,13 @@ class Notes:
         for name, n in sorted(self.ignored.items()):
             meant = difflib.get_close_matches(name, READ_FIELDS, 1, 0.85)
             hint = f"; is {meant[0]!r} meant?" if meant not in ([], [name]) else ""
-            found.append(f"{_shorten(name)} ({n} records{hint})")
+            found.append(f"{_shorten(name)} ({n} record{'s' if n > 1 else ''}{hint})")
         if found:
             say(f"{source}: ignored: {', '.join(found)}")
 
 
 class Record:
-    """A JSON object that knows which of its fields were read, so that none is lost unsaid."""
+    """A JSON object that knows which of its fields were read, so that none is dropped without a word."""
 
     def __init__(self, where: str, fields: dict, notes: Notes) -> None:
         self.where, self.fields, self.notes = where, fields, notes
@@ -528,7 +528,16 @@ def _read_parquet(source: str) -> Iterator[tuple[str, dict]]:
             return
         for row in rows:
             number += 1
-            yield f"{source}: row {number}", row
+            yield f"{source}: row {number}", without_nulls(row)
+
+
+def without_nulls(value: object) -> Any:
+    """A row without nulls: a column's records have all the fields that any of them has."""
+    if isinstance(value, dict):
+        return {k: without_nulls(item) for k, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 def _read_lines(source: str, stream) -> Iterator[tuple[str, bytes]]:
@@ -541,7 +550,8 @@ def _read_lines(source: str, stream) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
-    text, decode = io.TextIOWrapper(stream, "utf-8-sig"), json.JSONDecoder().raw_decode
+    text = io.TextIOWrapper(stream, "utf-8-sig")
+    decode = json.JSONDecoder(object_pairs_hook=to_object).raw_decode
     buffer, number = "", 0
     while True:
         buffer, before = buffer.lstrip(" \t\r\n"), "," if number else "["
@@ -550,6 +560,8 @@ def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
                 raise ValueError(f"expected {before}")
             item = buffer[1:].lstrip(" \t\r\n")
             value, end = decode(item)
+        except CritiqueRMError as error:
+            raise CritiqueRMError(f"{source}: item {number + 1}: {error}") from None
         except (ValueError, RecursionError) as error:  # wrong, or not yet read to its end
             with explain(f"{source}: not UTF-8 text, after item {number}", UnicodeDecodeError):
                 more = text.read(max(2**14, len(buffer)))
@@ -575,7 +587,16 @@ def _read_hub(source: str) -> Iterator[tuple[str, dict]]:
     with explain(f"{source}: neither a file nor a Hub data set", Exception):  # of many kinds
         rows = load_dataset(name, split=split or "train")
     for number, row in enumerate(rows, 1):
-        yield f"{source}: row {number}", row
+        yield f"{source}: row {number}", without_nulls(row)
+
+
+def to_object(fields: list[tuple[str, object]]) -> dict:
+    """A JSON object, of which no field may come twice."""
+    made = dict(fields)
+    if len(made) < len(fields):
+        name = Counter(name for name, _ in fields).most_common(1)[0][0]
+        raise CritiqueRMError(f"the field {_shorten(name)} comes twice; keep one")
+    return made
 
 
 def _object(record: bytes | object) -> dict:
@@ -587,7 +608,7 @@ def _object(record: bytes | object) -> dict:
             text = record.decode("utf-8-sig")
         problem = f"not valid JSON; correct or remove it ({READABLE})"
         with explain(problem, ValueError, RecursionError):
-            record = json.loads(text)
+            record = json.loads(text, object_pairs_hook=to_object)
     if not isinstance(record, dict):
         raise CritiqueRMError(f"expected a JSON object, found {_shorten(record)}")
     _check_is_row(record)
@@ -596,13 +617,14 @@ def _object(record: bytes | object) -> dict:
 
 def _check_is_row(record: dict) -> None:
     """Refuses an object that holds all rows of a data set in a list, such as {"train": [...]}."""
+    lists = []
     for name, value in record.items():
-        is_list = isinstance(value, list) and value and isinstance(value[0], dict)
-        if not is_list or name in READ_FIELDS:
-            return
-    if record:
-        advice = f"put its items on lines with jq -c .{name}[]"
-        raise CritiqueRMError(f"an object that holds a list under {_shorten(name)}; {advice}")
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lists.append(name)
+    if lists and lists == list(record) and not {*lists} & {*READ_FIELDS}:
+        found = f"an object that holds a list under {_shorten(lists[0])}"
+        advice = f"expected a record; put the items on lines with jq -c .{lists[0]}[]"
+        raise CritiqueRMError(f"{found}; {advice}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -682,7 +704,7 @@ LABELLED = {  # by name; in this order the first whose mark is there is taken
 
 def _parse_pairs(record: Record) -> list[Pair]:
     """Recognises the format by its fields; a tie gives no pair, lists of responses several."""
-    form = next((form for form in LABELLED.values() if form.mark in record.fields), None)
+    form = next((form for form in LABELLED.values() if form.mark in record), None)
     pairs = _read_labelled(record, form) if form else _read_preference(record)
     record.finish()
     return pairs
@@ -875,6 +897,7 @@ def _join(asked: tuple[Message, ...], start: tuple[Message, ...]) -> tuple[Messa
         return asked or start
     if start[: len(asked)] == asked or (len(asked) == 1 and asked[0] in start):
         return start
+    # a beginning of its own: what follows a question is an answer, what follows a system text not
     if start[0].role == "assistant" or asked[-1].role in ("system", "developer"):
         return asked + start
     raise CritiqueRMError("'prompt' is none of the messages before the response; keep one of them")
@@ -928,7 +951,7 @@ def _implicit_prompt(record: Record, sides: list) -> tuple[tuple[Message, ...], 
 def _critiques_along(record: Record, side: str, n_responses: int | None) -> list[tuple[str, ...]]:
     """The critiques of each response of a side; a list of responses has a list of them beside it.
 
-    CLoud's data call them feedback.
+    CLoud calls them feedback.
     """
     names = [name for name in (f"{side}_critique", f"{side}_feedback") if name in record]
     if len(names) > 1:
@@ -951,14 +974,14 @@ def _margin(record: Record) -> float:
         margin = 0.0 if value is None else float(math.nan if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
-    if not math.isfinite(margin):
+    if not abs(margin) < 1e30:  # more is infinite in fp32
         raise CritiqueRMError(f"'margin' is {_shorten(value)}; expected a number")
     return margin
 
 
 def _parse_answer(record: Record) -> Answer:
     """A single response, in a field of its own or as the last of some messages."""
-    is_last = "response" not in record.fields and "messages" in record
+    is_last = record.fields.get("response") is None and "messages" in record
     conversations, several = _responses(record, "messages" if is_last else "response")
     if several:
         raise CritiqueRMError("'response' is a list; write a record for each")
@@ -975,11 +998,14 @@ def _parse_answer(record: Record) -> Answer:
 
 def _parse_critiques(record: Record) -> tuple[list[Pair], list[Answer]]:
     """What a record of --critiques says about pairs, and about single responses."""
-    if "response" in record.fields:
+    is_single = record.fields.get("response") is not None or "critique" in record
+    if is_single:
         return [], [_parse_answer(record)]
     if "completions" in record:  # UltraFeedback
         return [], _completions(record)
-    if "feedback1" in record.fields:  # HelpSteer3, ties and rows without a preference included
+    if (
+        "feedback1" in record or "feedback2" in record
+    ):  # HelpSteer3, ties and rows without a preference included
         prompt, answers = _required_prompt(record), []
         for n in (1, 2):
             critiques = _without_grade(record, record.critiques(f"feedback{n}"))
@@ -1068,7 +1094,7 @@ def _message(item: object, which: str) -> Message:
 
 def _more_text(value: object, which: str) -> str:
     """The JSON text of what stands beside a content."""
-    with explain(f"{which} holds what is no JSON", ValueError, TypeError, RecursionError):
+    with explain(f"{which} cannot be written as JSON", ValueError, TypeError, RecursionError):
         text = to_json(value)
     return check_text(text, which)
 
@@ -1424,7 +1450,7 @@ class Encoder:
             encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
         ids = encoded["input_ids"]
         n_control = sum(token_id in self._control_ids for token_id in ids)
-        if n_control > self.control.count(text):  # by its normalizer
+        if n_control > self.control.count(text):  # its normalizer does
             raise CritiqueRMError("the tokenizer makes control tokens of its text; leave it out")
         if ids[:2] == [self.tokenizer.bos_token_id] * 2:
             ids = ids[1:]
@@ -1460,28 +1486,45 @@ class Encoder:
             self.counts[f"with {what} that the chat template does not show whole"] += n_pairs
         if excess <= 0:
             return encoded
+        encoded = self._encode_cut(answers)
+        self.counts["truncated" if encoded else "dropped as too long"] += n_pairs
+        return encoded
+
+    def _encode_cut(self, answers: Sequence[Answer]) -> list[list[np.ndarray]] | None:
+        """Encodes answers with prompt and responses cut; None where critiques leave no room.
+
+        With room_k for what template, end token and critiques leave of the limit to answer k, and
+        |r_k| for the tokens of its response, the prompt gets min_k max(room_k − |r_k|, room_k / 2),
+        and each response what is then left to it.
+        """
+        prompt = answers[0].prompt
         blank = [m if m.role == "tools" else m._replace(content="") for m in prompt]
         fixed, _ = self._encode_as(blank, answers, [""] * len(answers))
         room = [self.max_length_tokens - max(map(len, sequences)) for sequences in fixed]
-        offsets = [self._offsets(response) for response in responses]
+        offsets = [self._offsets(answer.response) for answer in answers]
         while min(room) >= MIN_TEXT_TOKENS:
             n_prompt = min(max(r - len(o), r // 2) for r, o in zip(room, offsets))
-            for n_kept in range(n_prompt, -1, -1):  # a piece of a word can be more tokens alone
-                cut = self._cut_prompt(prompt, n_kept)
-                used = sum(len(self._offsets(m.content)) for m in cut if m.role != "tools")
-                if used <= n_prompt:
-                    break
-            kept = [
-                text if len(o) <= r - used else text[: o[r - used][0]]
-                for text, r, o in zip(responses, room, offsets)
-            ]
-            encoded, excess = self._encode_as(cut, answers, kept)
+            cut, n_used = self._cut_to(prompt, n_prompt)
+            responses = []
+            for answer, r, o in zip(answers, room, offsets):
+                n_left = r - n_used
+                is_whole = len(o) <= n_left
+                responses.append(answer.response if is_whole else answer.response[: o[n_left][0]])
+            encoded, excess = self._encode_as(cut, answers, responses)
             if excess <= 0:
-                self.counts["truncated"] += n_pairs
                 return encoded
             room = [r - excess for r in room]  # tokens that merge across a cut
-        self.counts["dropped as too long"] += n_pairs
         return None
+
+    def _cut_to(self, prompt: Sequence[Message], n_tokens: int) -> tuple[list[Message], int]:
+        """The end of a prompt in at most so many tokens, and in how many."""
+        n_kept = n_tokens
+        while True:
+            cut = self._cut_prompt(prompt, n_kept)
+            n_used = sum(len(self._offsets(m.content)) for m in cut if m.role != "tools")
+            if n_used <= n_tokens:
+                return cut, n_used
+            n_kept -= 1  # a piece of a word can be more tokens alone
 
     def _unseen(self, answers: Sequence[Answer]) -> list[str]:
         """What the template does not show of the answers, each with its first critique."""
@@ -1517,7 +1560,7 @@ class Encoder:
         """Keeps the last tokens: what is asked stands at the end of a conversation."""
         kept = []
         for message in reversed(prompt):
-            if message.role == "tools":  # half of a function is none
+            if message.role == "tools":  # a function is kept whole
                 kept.append(message)
                 continue
             offsets, content = self._offsets(message.content), message.content
@@ -1799,7 +1842,9 @@ def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.
     if not shard_group:
         return device, dist.init_device_mesh(device.type, (n,))
     if n % shard_group:
-        raise CritiqueRMError(f"{n} processes are not groups of {shard_group}; mend --shard-group")
+        raise CritiqueRMError(
+            f"{n} processes are not groups of {shard_group}; change --shard-group"
+        )
     shape, names = (n // shard_group, shard_group), ("replicate", "shard")
     return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
@@ -2033,7 +2078,8 @@ def read_weights(
     prefix = _find_prefix(model, trunk, stored)
     own_prefix = model.base_model_prefix + "."
     wanted = {prefix + name.removeprefix(own_prefix): name for name in trunk}
-    if "score.weight" in stored and not new_head or head_seed is None:
+    keeps_head = "score.weight" in stored and not new_head
+    if keeps_head or head_seed is None:
         wanted["score.weight"] = "score.weight"
         if head_seed is not None:
             say(f"{folder}: a reward model; its head is kept (--new-head draws a new one)")
@@ -2045,8 +2091,12 @@ def read_weights(
     for key, name in wanted.items():
         found, expected = list(stored[key].shape), list(weights[name].shape)
         if found != expected:
-            can_draw = name == "score.weight" and head_seed is not None
-            hint = "; --new-head draws another" if can_draw else ""
+            hint = ""
+            if name == "score.weight":
+                can_draw = head_seed is not None
+                hint = (
+                    "; --new-head draws another" if can_draw else ": a reward head has one output"
+                )
             raise CritiqueRMError(f"{folder}: {key} is {found}, expected {expected}{hint}")
     with tempfile.TemporaryDirectory() as links:  # the reader takes every file of a folder
         for path in paths:
@@ -2068,11 +2118,10 @@ def find_weights(folder: str) -> list[Path]:
     if index.is_file():
         with explain(f"{index}: damaged", Exception):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            paths = [Path(folder) / Path(name).name for name in names]
-        for path in paths:
-            if not path.is_file():
-                raise CritiqueRMError(f"{path} is missing; {index.name} names it")
-        return paths
+        for name in names:
+            if Path(name).name != name or not (Path(folder) / name).is_file():
+                raise CritiqueRMError(f"{index} names {_shorten(name)}, which is not in the folder")
+        return [Path(folder) / name for name in names]
     if others := sorted(path.name for path in Path(folder).glob("*.safetensors")):
         raise CritiqueRMError(
             f"{folder}: {', '.join(others[:3])}, but neither model.safetensors nor its index; name "
@@ -2391,10 +2440,7 @@ def load_reward_model(
     device, mesh = start_processes()
     folder = find_model(folder)
     config = load_config(folder)
-    ours = getattr(config, "critique_rm", None)
-    ours = ours if isinstance(ours, dict) else {}
-    if not isinstance(ours.get("max_length_tokens", 1), int):
-        raise CritiqueRMError(f"{folder}: critique_rm in its config.json is {_shorten(ours)}")
+    ours = read_settings(config, folder)
     reads_critiques = ours.get("critiques", True)
     longest = min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
     encoder = Encoder(
@@ -2413,6 +2459,25 @@ def load_reward_model(
     model = build_model(config, compute_dtype(device), mesh)
     read_weights(model, folder, device)
     return model.eval(), encoder
+
+
+SETTINGS = {"critiques": bool, "max_length_tokens": int, "keep_tail": bool}
+
+
+def read_settings(config: PreTrainedConfig, folder: str) -> dict[str, Any]:
+    """What train.py wrote into the config of a run; nothing of another's model."""
+    settings = getattr(config, "critique_rm", None)
+    if settings is None:
+        return {}
+    is_object = isinstance(settings, dict)
+    for name, value in settings.items() if is_object else ():
+        is_object = is_object and type(value) is SETTINGS.get(name)
+    if not is_object or settings.get("max_length_tokens", 1) < 1:
+        found = _shorten(settings)
+        raise CritiqueRMError(
+            f"{folder}: critique_rm in its config.json is {found}; train.py wrote another"
+        )
+    return settings
 
 
 def say_where_read(folder: str, encoder: Encoder) -> None:

@@ -25,6 +25,7 @@ import argparse
 import base64
 import io
 import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -310,6 +311,8 @@ def read_curve(folders: Sequence[str]) -> dict[str, Runs]:
             critiques = Path(arguments["critiques"] or "of the data").name
             key = "none" if arguments["no_critiques"] else critiques, record["training_pairs"]
             seed = arguments["seed"]
+            if type(key[1]) is not int or key[1] < 1:
+                raise ValueError
         except (OSError, ValueError, LookupError, TypeError):
             problem = "not a finished run, or one of an older train.py; run it again"
             raise CritiqueRMError(f"{folder}: {problem}") from None
@@ -854,12 +857,14 @@ def read_verdicts(
     for where, row in rm.read_rows(path):
         try:
             answers = [row["verdicts"][order] for order in ("chosen_first", "rejected_first")]
-            if not {*answers} <= {*rm.SIDES, None}:
+            if not {*answers} <= {*rm.SIDES, None} or not isinstance(row["with_critiques"], bool):
                 raise TypeError
             scorer = "judge with critiques" if row["with_critiques"] else "judge"
             scorer += f" ({path})" if is_one_of_many else ""
             if None not in answers:
                 verdicts = by_scorer.setdefault(scorer, {})
+                if row["id"] in verdicts:
+                    raise CritiqueRMError(f"{where}: a second verdict on {row['id']!r}; keep one")
                 verdicts[row["id"]] = [answer == "chosen" for answer in answers]
         except (KeyError, TypeError):
             raise CritiqueRMError(f"{where}: not a verdict of generate.py --task judge") from None
@@ -1242,20 +1247,23 @@ def write_json(path: str, table: dict) -> None:
 
 def read_scores(path: str) -> list[PairScore]:
     """Reads what --scores and train.py write."""
-    scores = []
+    scores: dict[str, PairScore] = {}
     for where, row in rm.read_rows(path):
         try:
             score = PairScore(**row)
-            rewards = np.array([score.chosen_reward, score.rejected_reward], float)
-            texts = (score.id, score.prompt_id, score.subset)
-        except (TypeError, ValueError):
+        except TypeError:
             raise CritiqueRMError(f"{where}: not a line of --scores") from None
-        if not np.isfinite(rewards).all() or not all(isinstance(text, str) for text in texts):
-            raise CritiqueRMError(f"{where}: not a line of --scores, or its rewards are not finite")
-        scores.append(score)
+        rewards = (score.chosen_reward, score.rejected_reward)
+        is_finite = all(type(r) in (int, float) and math.isfinite(r) for r in rewards)
+        texts = (score.id, score.prompt_id, score.subset)
+        if not is_finite or not all(isinstance(text, str) for text in texts):
+            raise CritiqueRMError(f"{where}: not a line of --scores, or a reward is not finite")
+        if score.id in scores:
+            raise CritiqueRMError(f"{where}: id {score.id!r} comes twice; keep one of the lines")
+        scores[score.id] = score
     if not scores:
         raise CritiqueRMError(f"{path}: no score in it")
-    return scores
+    return list(scores.values())
 
 
 def score_single(args: argparse.Namespace) -> int:
@@ -1268,7 +1276,7 @@ def score_single(args: argparse.Namespace) -> int:
         say(f"{args.score}: of {len(answers)} answers {counted}")
     if dist.get_rank() == 0:
         for answer, reward in zip(answers, rewards):
-            print(rm.to_json({"id": answer.id, "reward": reward}))
+            print(rm.to_json({"id": answer.id or answer.where, "reward": reward}))
     if n_missing:
         hint = f" ({rm.CRITIQUES_MISSING})" if encoder.counts["without critique"] else ""
         say(f"{args.score}: {n_missing} of {len(answers)} answers have no reward{hint}")

@@ -299,7 +299,7 @@ def prepare_model(
     if longest < args.max_length_tokens:
         say(f"{args.model} reads at most {longest} tokens: --max-length-tokens is set to that")
     n_tokens = min(longest, args.max_length_tokens)
-    before = getattr(config, "critique_rm", None) or {"keep_tail": True}
+    before = rm.read_settings(config, args.model) or {"keep_tail": True}
     encoder = Encoder(
         rm.load_tokenizer(source),
         n_tokens,
@@ -502,7 +502,6 @@ def train(
     if first == 0:
         rm.on_rank_zero(lambda: check_disk(folder, sum(p.numel() for p in model.parameters())))
         save_checkpoint(folder, 0, model, optimizer)  # a save that fails should fail now
-    rm.shares_prefixes(model, longest_sequence(pairs))  # once, of all, before the first step
     metrics = open_metrics(folder, first) if dist.get_rank() == 0 else None
     n_flat, n_equal, saved_at = 0, 0, time.monotonic()
     bar = tqdm(total=n_steps, initial=first, unit="step", mininterval=1, disable=metrics is None)
@@ -691,7 +690,8 @@ def plan(args: Namespace) -> dict[str, float | bool]:
         rm.read_headers(rm.find_weights(args.model))
     config.dtype = torch.bfloat16 if args.device_gb else rm.compute_dtype(device)
     tokens, n_bytes = args.micro_batch_tokens, config.dtype.itemsize
-    with FakeTensorMode(), torch.device("cpu"):
+    problem = f"{args.model}: no model can be computed from its config.json"
+    with rm.explain(problem, Exception), FakeTensorMode(), torch.device("cpu"):
         model = rm.make_model(config)
         trunk, head = rm.trunk_and_head(model)
         head.weight = torch.nn.Parameter(head.weight.float())
@@ -775,6 +775,7 @@ def run(args: Namespace) -> dict:
         tests = {}
         for name in dict.fromkeys(args.test):
             tests[name] = encoder.encode_pairs(pairs[name], name, skip_bad=args.skip_bad)
+        rm.shares_prefixes(model, longest_sequence(training))  # once, of all, and before the folder
     except CritiqueRMError:
         lock.close()
         if not args.resume and not args.overwrite and dist.get_rank() == 0:

@@ -127,6 +127,10 @@ def test_verdicts_that_say_nothing_are_refused_before_scoring(pair_id, last, tmp
         "rejected_first": "X"}}))
     with pytest.raises(CritiqueRMError, match="verdicts.jsonl:1: not a verdict"):
         evaluate.evaluate_pairs(evaluate.parse_arguments(arguments))
+    line = json.dumps({"id": "0", "with_critiques": True, "verdicts": verdicts | {"rejected_first": "chosen"}})
+    path.write_text(f"{line}\n{line}\n")
+    with pytest.raises(CritiqueRMError, match="verdicts.jsonl:2: a second verdict on '0'"):
+        evaluate.evaluate_pairs(evaluate.parse_arguments(arguments))
 
 
 def test_pairs_that_were_not_scored_lower_the_coverage():
@@ -152,11 +156,14 @@ def test_whatever_a_subset_is_called_a_row_is_a_line_of_equal_columns(name):
     assert all(line.isprintable() for line in lines)
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", '"x"', "null"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"x"', '"10"', "null", "true"])
 def test_scores_that_are_no_numbers_are_refused(tmp_path, value):
     good = json.dumps(asdict(score(0, 1.0)))
     (path := tmp_path / "s.jsonl").write_text(f"{good}\n{good.replace('1.0', value, 1)}\n")
     with pytest.raises(CritiqueRMError, match="s.jsonl:2: not a line of --scores"):
+        evaluate.read_scores(str(path))
+    path.write_text(f"{good}\n{good}\n")
+    with pytest.raises(CritiqueRMError, match="s.jsonl:2: id '0' comes twice"):
         evaluate.read_scores(str(path))
 
 

@@ -91,6 +91,10 @@ READ = {  # name: (record, the pair written by hand)
         pair(id="9/1-1", group="9", subset="chat"),
     ),
     "fields that are null": (PLAIN | {"question": None, "tools": None, "foo": None}, pair()),
+    "marks of other formats that are null": (
+        PLAIN | {"overall_preference": None, "response_A": None, "annotator1": None},
+        pair(),
+    ),
     "UltraFeedback's prompt, not the first message": (
         {"id": "a", "prompt": "p"}
         | {side: [SYSTEM, user("p"), assistant(side[0])] for side in rm.SIDES},
@@ -171,12 +175,13 @@ REFUSED = {  # name: (record, what the message must name)
         PLAIN | {"prompt": [{"from": "human", "text": "p"}]},
         "message 1 of 'prompt'",
     ),
-    "a number that is none in tools": (PLAIN | {"tools": [{"x": math.nan}]}, "tools holds what is no"),
+    "a number that is none in tools": (PLAIN | {"tools": [{"x": math.nan}]}, "tools cannot be written as JSON"),
     "half a surrogate in a call": (
         PLAIN | {"chosen": [assistant("c") | {"name": "\ud800"}]},
         "message 1 of 'chosen'.* surrogate",
     ),
     "a margin of true": (PLAIN | {"margin": True}, "'margin' is True"),
+    "a margin that fp32 does not hold": (PLAIN | {"margin": 1e39}, "'margin' is 1e\\+39"),
 }
 
 
@@ -213,7 +218,7 @@ def test_unknown_fields_are_named_once_a_file_and_typos_are_guessed(tmp_path, ca
     read_pairs(source)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        f"{source}: ignored: 'chosen_critque' (2 records; is 'chosen_critique' meant?), 'zz' (1 records)"
+        f"{source}: ignored: 'chosen_critque' (2 records; is 'chosen_critique' meant?), 'zz' (1 record)"
     )
 
 
@@ -224,7 +229,7 @@ def test_unknown_fields_are_named_once_a_file_and_typos_are_guessed(tmp_path, ca
 def test_all_unknown_fields_are_named(tmp_path, capsys):
     source = write(tmp_path / "a.jsonl", PLAIN | {f"k{n:02}": n for n in range(30)} | {"response": "x"})
     read_pairs(source)
-    names = re.findall(r"'(\w+)' \(1 records\)", capsys.readouterr().err)
+    names = re.findall(r"'(\w+)' \(1 record\)", capsys.readouterr().err)
     assert names == [f"k{n:02}" for n in range(30)] + ["response"]
 
 
@@ -287,6 +292,10 @@ def critiques_from(tmp_path, *records: dict, pairs: tuple[dict, ...] = (PLAIN,))
 def test_critiques_are_found_by_prompt_and_response(tmp_path, capsys):
     singles = [{"prompt": "p", "response": "c ", "critique": c} for c in ("1", "2", "1")]
     assert critiques_from(tmp_path, *singles) == [(("1", "2"), ())]
+    last = {"messages": [user("p"), assistant("r")], "critique": "3", "response": None}
+    assert critiques_from(tmp_path, *singles, last)[0][1] == ("3",)
+    capsys.readouterr()
+    critiques_from(tmp_path, *singles)
     assert "critiques of 1 of 2 responses" in capsys.readouterr().err
     ultra = {"instruction": "p", "source": "x", "models": ["m"]}
     ultra["completions"] = [
@@ -315,7 +324,7 @@ def test_files_of_critiques_are_read_as_strictly_as_pairs(tmp_path, capsys):
     ultra = {"instruction": "p", "foo": 1, "completions": [{"response": "c", "critque": "x"}]}
     single = {"prompt": "p", "response": "r", "critique": "2"}
     assert critiques_from(tmp_path, ultra, single) == [((), ("2",))]
-    assert "ignored: 'critque' (1 records; is 'critique' meant?), 'foo' (1" in capsys.readouterr().err
+    assert "ignored: 'critque' (1 record; is 'critique' meant?), 'foo' (1" in capsys.readouterr().err
     with pytest.raises(CritiqueRMError, match="other:1: 'completions' is 5"):
         critiques_from(tmp_path, ultra | {"completions": 5})
     source, other = write(tmp_path / "pairs", PLAIN), write(tmp_path / "other", single, {"x": 1})
@@ -376,6 +385,31 @@ def test_parquet_is_read_like_lines(tmp_path):
     dated = {"prompt": "p", "chosen": ["c"], "rejected": ["r"], "when": datetime(2026, 1, 2)}
     parquet.write_table(pyarrow.Table.from_pylist([dated]), tmp_path / "c")
     assert len(read_pairs(str(tmp_path / "c"))[0].group) == 16
+
+
+def test_nulls_that_a_table_puts_into_objects_are_no_values(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = []
+    for name in "xy":
+        call = {"function": {"name": "f", "arguments": {name: 1}}}
+        rows.append(PLAIN | {"id": name, "chosen": [assistant("c") | {"tool_calls": [call]}]})
+        rows[-1]["tools"] = [{"name": "f", "parameters": {"properties": {name: {"type": "number"}}}}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a")
+    assert read_pairs(str(tmp_path / "a")) == read_pairs(write(tmp_path / "b", *rows))
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_a_field_that_comes_twice_is_refused(tmp_path, array):
+    text = '{"prompt": "p", "chosen": "c", "rejected": "r", "prompt": "q"}'
+    (tmp_path / "a").write_text(f"[{text}]" if array else text)
+    with pytest.raises(CritiqueRMError, match="a:( item )?1: the field 'prompt' comes twice"):
+        read_pairs(str(tmp_path / "a"))
+    nested = '{"prompt": [{"role": "user", "content": "a", "content": "b"}]}'
+    (tmp_path / "a").write_text(nested)
+    with pytest.raises(CritiqueRMError, match="the field 'content' comes twice"):
+        read_pairs(str(tmp_path / "a"))
 
 
 def test_a_file_of_nothing_but_bad_records_is_refused(tmp_path):

@@ -90,7 +90,7 @@ def test_what_the_index_names_is_read_and_nothing_beside_it(language_model, mesh
 def test_a_missing_shard_is_named(language_model, mesh):
     lost = split(language_model)[1]
     lost.unlink()
-    with pytest.raises(CritiqueRMError, match=f"{lost.name} is missing; .*index.json names it"):
+    with pytest.raises(CritiqueRMError, match=f"index.json names '{lost.name}', which is not in the"):
         norm_of(language_model, mesh)
 
 
@@ -100,7 +100,7 @@ def test_a_name_in_the_index_cannot_leave_the_folder(language_model, mesh):
     names = json.loads(index.read_text())
     names["weight_map"] = dict.fromkeys(names["weight_map"], "../../etc/passwd")
     index.write_text(json.dumps(names))
-    with pytest.raises(CritiqueRMError, match=f"{language_model}/passwd is missing"):
+    with pytest.raises(CritiqueRMError, match="index.json names .*passwd', which is not in the"):
         norm_of(language_model, mesh)
 
 
@@ -212,6 +212,37 @@ def test_weights_that_are_not_finite_are_named_as_such(reward_folder, mesh, wher
     model, encoder = rm.load_reward_model(str(reward_folder), False, 64)
     with pytest.raises(CritiqueRMError, match="not finite; are its weights whole"):
         rm.score_answers(model, encoder, [Answer(talk([user("p")]), "r")])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [[1], "x", {"keep_tial": True}, {"critiques": "no"}, {"max_length_tokens": 0}, {"keep_tail": 1}],
+)
+def test_settings_of_a_run_are_checked(reward_folder, mesh, tmp_path, settings):
+    change_config(critique_rm=settings)(reward_folder)
+    with pytest.raises(CritiqueRMError, match="critique_rm in its config.json is"):
+        rm.load_reward_model(str(reward_folder))
+    args = ["--model", str(reward_folder), "--out", str(tmp_path / "out"), "--max-pairs", "4"]
+    with pytest.raises(CritiqueRMError, match="critique_rm in its config.json is"):
+        train.run(train.parse_arguments(args))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_template_that_is_no_text_is_refused(reward_folder, mesh):
+    for path in reward_folder.glob("chat_template*"):
+        path.unlink()
+    path = reward_folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": 3}))
+    with pytest.raises(CritiqueRMError, match="chat template|tokenizer"):
+        rm.load_reward_model(str(reward_folder))
+
+
+def test_weights_that_are_not_finite_leave_no_run_behind(language_model, mesh, tmp_path):
+    change_weights(**{"model.norm.weight": torch.full((32,), math.nan)})(language_model)
+    args = ["--model", str(language_model), "--out", str(tmp_path / "out"), "--max-pairs", "4"]
+    with pytest.raises(CritiqueRMError, match="not finite; are its weights whole"):
+        train.run(train.parse_arguments(args))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_head_with_a_bias_is_refused(reward_folder, mesh):
