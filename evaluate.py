@@ -95,7 +95,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--curve", nargs="+", metavar="RUN", help="folders of train.py")
     add = parser.add_argument_group("input").add_argument
     add("--no-critiques", action="store_true", help="leave critiques out of the input")
-    add("--critiques", metavar="FILE", help="take them from there, by pair id")
+    add("--critiques", metavar="FILE", help="take them from there, by pair or by response")
     add("--skip-bad", action="store_true", help="leave out bad records, count them")
     add("--max-length-tokens", type=positive_int, help="of a sequence; None: the model's")
     add("--micro-batch-tokens", type=positive_int, default=4096, help="computed at once on a rank")

@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--train", help="pairs to train on; None: the embedded ones")
     add("--test", action="append", help="pairs to test on; may be repeated")
     add("--no-critiques", action="store_true", help="the baseline r(x, y)")
-    add("--critiques", metavar="FILE", help="take them from there, by pair id")
+    add("--critiques", metavar="FILE", help="take them from there, by pair or by response")
     add("--max-pairs", type=positive_int, help="the first N in the seeded order")
     add("--skip-bad", action="store_true", help="leave out bad records, count them")
     add("--max-length-tokens", type=positive_int, default=2048, help="of a sequence")
