@@ -2516,6 +2516,36 @@ def score_answers(
     return scores
 
 
+def make_reward_function(
+    folder: str, critic: Callable[[tuple[Message, ...], str], str] | None = None
+) -> Callable[..., list[float | None]]:
+    """A reward function as TRL's GRPOTrainer and verl call it, of the model in a folder.
+
+    It takes prompts and completions (texts, or lists of messages) and columns by name, of which it
+    reads `critique`, one a completion; `critic` writes those that are not there, from prompt and
+    response. None where a model that reads critiques has none. Rewards come in the given order.
+
+    Raises CritiqueRMError in a process group of several: each process would ask about others.
+    """
+    model, encoder = load_reward_model(folder)
+    if dist.get_world_size() > 1:
+        raise CritiqueRMError("the reward function is for one process; serve the model to several")
+
+    def reward(prompts: list, completions: list, **columns: list) -> list[float | None]:
+        critiques = columns.get("critique") or [None] * len(prompts)
+        answers = []
+        for prompt, completion, critique in zip(prompts, completions, critiques, strict=True):
+            asked = check_messages(prompt, "prompt", "user")
+            last = check_messages(completion, "completion", "assistant")[-1]
+            if critique is None and critic and encoder.use_critiques:
+                critique = critic(asked, last.content)
+            given = check_critiques(critique, "critique")
+            answers.append(Answer(asked, last.content, given, more=last.more))
+        return score_answers(model, encoder, answers)
+
+    return reward
+
+
 def check_finite(reward: float, place: str) -> float:
     if not math.isfinite(reward):
         raise CritiqueRMError(f"{place}: the reward is {reward}; are the model's weights whole?")

@@ -996,6 +996,28 @@ def test_an_answer_that_cannot_be_read_whole_has_no_reward(reward_folder, mesh):
     assert rewards == [rewards[0]] * 5 and rewards[0] is not None
 
 
+def test_a_reward_function_gives_the_rewards_of_single_answers_in_order(reward_folder, mesh):
+    asked = []
+
+    def critic(prompt: tuple[Message, ...], response: str) -> str:
+        asked.append((prompt[-1].content, response))
+        return f"about {response}"
+
+    reward = rm.make_reward_function(str(reward_folder), critic)
+    prompts = ["p", [user("q")], "p", "p"]
+    completions = ["a b c", [assistant("d")], "e", "a b c"]
+    rewards = reward(prompts, completions, critique=["good", None, ["x", "y"], None], extra=[1] * 4)
+    assert asked == [("q", "d"), ("p", "a b c")]
+    model, encoder = rm.load_reward_model(str(reward_folder))
+    singles = [("p", "a b c", ("good",)), ("q", "d", ("about d",))]
+    singles += [("p", "e", ("x", "y")), ("p", "a b c", ("about a b c",))]
+    answers = [Answer(talk([user(p)]), r, c) for p, r, c in singles]
+    assert rewards == pytest.approx(rm.score_answers(model, encoder, answers), abs=1e-6)
+    assert rm.make_reward_function(str(reward_folder))(["p"], ["a"]) == [None]  # no critique
+    with pytest.raises(ValueError):
+        reward(["p"], ["a", "b"])
+
+
 @pytest.mark.parametrize("name, n_pairs", [("train", 304), ("test", 96)])
 def test_the_weak_critic_has_criticised_every_embedded_response(name, n_pairs):
     data = Path(__file__).parent.parent / "data"
