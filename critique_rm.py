@@ -646,10 +646,13 @@ class Labelled:
 
 def _majority(record: Record) -> int:
     """What two of three annotators say: 1 or 2; 0 is a tie."""
-    votes = [record.get(f"annotator{n}") for n in (1, 2, 3)]
-    if any(vote not in (0, 1, 2) for vote in votes):
-        raise CritiqueRMError(f"annotators are {votes}; expected 0, 1 or 2 each")
-    return next((side for side in (1, 2) if votes.count(side) >= 2), 0)
+    votes = [record.get("annotator1"), record.get("annotator2"), record.get("annotator3")]
+    for vote in votes:
+        if vote not in (0, 1, 2):
+            raise CritiqueRMError(f"annotators are {votes}; expected 0, 1 or 2 each")
+    if votes.count(1) >= 2:
+        return 1
+    return 2 if votes.count(2) >= 2 else 0
 
 
 def _label(field: str, labels: dict[object, int]) -> Callable[[Record], int]:
@@ -1100,8 +1103,11 @@ def _more_text(value: object, which: str) -> str:
 
 
 def _text_part(part: object, which: str) -> str:
-    said = {name for name in part if part[name] not in EMPTY} if isinstance(part, dict) else {""}
-    if said - {"type", "text", "cache_control", "annotations"} or part.get("type") != "text":
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    for name, value in part.items() if is_text else ():
+        is_known = name in ("type", "text", "cache_control", "annotations")
+        is_text = is_text and (is_known or value in EMPTY)
+    if not is_text:
         raise CritiqueRMError(f"{which} has the part {_shorten(part)}; only text is read")
     return check_text(part.get("text"), "text", may_be_empty=True)
 
@@ -1727,29 +1733,35 @@ def pack(
     GPU it counts for 2,048: on an H100, to launch its kernels takes as long as 2,500 tokens of a
     model of a billion parameters, or 6,000 of SmolLM2-135M.
     """
-    extra = 2048 if torch.cuda.is_available() else budget_tokens / 32
+    overhead_tokens = 2048 if torch.cuda.is_available() else budget_tokens / 32
 
-    def order(unit: list[Trie]) -> int:
-        """Longest first: minus the tokens that the unit takes."""
-        return -len(unit) * max(map(len, unit))
+    def n_tokens(unit: list[Trie]) -> int:
+        """The tokens that the unit takes, each of its tries padded to the longest."""
+        return len(unit) * max(map(len, unit))
 
-    waiting, batches = sorted(units, key=order), []
+    def longest_first(unit: list[Trie]) -> int:
+        return -n_tokens(unit)
+
+    waiting, batches = sorted(units, key=longest_first), []
     while waiting:
-        width, rows, n_used, options = -order(waiting[0]), [], 0, []
-        most = n_ranks * max(1, budget_tokens // width)
-        while waiting and len(rows) < most:
+        width = n_tokens(waiting[0])
+        most_rows = n_ranks * max(1, budget_tokens // width)
+        rows, n_used, costs = [], 0, []  # costs: what a token of data costs, by number of rows
+        while waiting and len(rows) < most_rows:
             row, space = [], width
-            while (k := bisect_left(waiting, -space, key=order)) < len(waiting):
-                row.append(waiting.pop(k))
-                n_used -= order(row[-1])
-                space = space + order(row[-1]) if share else 0
+            while (k := bisect_left(waiting, -space, key=longest_first)) < len(waiting):
+                unit = waiting.pop(k)  # the longest that fits
+                row.append(unit)
+                n_used += n_tokens(unit)
+                space = space - n_tokens(unit) if share else 0
             rows.append(row)
             if len(rows) % n_ranks == 0 or not waiting:
-                cost = math.ceil(len(rows) / n_ranks) * width + extra
-                options.append((cost / n_used, len(rows)))
-        n_rows = min(options)[1]
-        for unit in itertools.chain(*rows[n_rows:]):
-            insort(waiting, unit, key=order)
+                rows_of_a_rank = math.ceil(len(rows) / n_ranks)
+                costs.append(((rows_of_a_rank * width + overhead_tokens) / n_used, len(rows)))
+        _, n_rows = min(costs)
+        for row in rows[n_rows:]:
+            for unit in row:  # it waits for the next micro-batch
+                insort(waiting, unit, key=longest_first)
         mine = [list(itertools.chain(*row)) for row in rows[:n_rows][rank::n_ranks]]
         batches.append(mine if share else [[trie] for row in mine for trie in row])
     return batches
@@ -1770,18 +1782,33 @@ class Batch:
 def collate(rows: Sequence[Sequence[Trie]], device: torch.device) -> Batch:
     """Lays out rows of tries as tensors; without rows, one padding token and no sequence."""
     lengths = [sum(map(len, row)) for row in rows]
-    shape = (max(1, len(rows)), max(lengths, default=1))
-    ids, positions = np.zeros((2, *shape), np.int64)
-    ends = np.tile(np.arange(1, shape[1] + 1), (shape[0], 1))  # padding sees only itself
+    n_rows, n_columns = max(1, len(rows)), max(lengths, default=1)
+    ids = np.zeros((n_rows, n_columns), np.int64)
+    positions = np.zeros((n_rows, n_columns), np.int64)
+    ends = np.tile(np.arange(1, n_columns + 1), (n_rows, 1))  # padding sees only itself
     last, numbers = [np.empty((2, 0), np.int64)], [np.empty(0, np.int64)]
     for r, row in enumerate(rows):
-        for start, trie in zip(itertools.accumulate(map(len, row), initial=0), row):
-            place = r, slice(start, start + len(trie))
-            ids[place], positions[place], ends[place] = trie.ids, trie.positions, trie.ends + start
+        start = 0
+        for trie in row:
+            end = start + len(trie)
+            ids[r, start:end] = trie.ids
+            positions[r, start:end] = trie.positions
+            ends[r, start:end] = trie.ends + start
             last.append(np.stack([np.full(len(trie.last), r), trie.last + start]))
             numbers.append(trie.numbers)
-    arrays = ids, positions, ends, np.concatenate(last, 1), np.concatenate(numbers)
-    return Batch(*(torch.from_numpy(array).to(device) for array in arrays), sum(lengths))
+            start = end
+
+    def to_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Batch(
+        ids=to_device(ids),
+        positions=to_device(positions),
+        ends=to_device(ends),
+        last=to_device(np.concatenate(last, axis=1)),
+        numbers=to_device(np.concatenate(numbers)),
+        n_tokens=sum(lengths),
+    )
 
 
 LOWEST = torch.finfo(torch.bfloat16).min  # finite in fp32 and in bf16
