@@ -367,6 +367,27 @@ def test_positions_scaled_by_the_longest_are_noticed(tmp_path, mesh, make_config
         rm.score_groups(model, [*groups, long], 500)
 
 
+@pytest.mark.parametrize(
+    "name, changes, expected",
+    [
+        ("Llama", {"num_hidden_layers": 8}, True),
+        ("Bloom", {}, False),
+        ("GPTNeo", {"attention_types": [[["global", "local"], 1]], "window_size": 4, "num_layers": 2}, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_told_from_a_reward_that_depends_on_others(
+    tmp_path, mesh, make_config, capsys, name, changes, expected, dtype
+):
+    """bf16 makes states of the deep model differ by a hundredth between shapes; fp32 by 1e-6."""
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(make_config(name, **changes)).save_pretrained(tmp_path)
+    model = rm.build_model(rm.load_config(str(tmp_path)), dtype, mesh)
+    rm.read_weights(model.eval(), str(tmp_path), CPU)
+    assert rm.shares_prefixes(model, 300) is expected
+    assert ("one sequence a row, without shared" in capsys.readouterr().err) is not expected
+
+
 @pytest.mark.parametrize("n_keys, is_right", [(8, False), (64, False), (512, True)])
 def test_keys_picked_among_those_of_a_row_are_noticed(tmp_path, mesh, make_config, n_keys, is_right):
     """Doge keeps so many keys for each query; fewer than a sequence has, and others' compete."""
