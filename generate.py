@@ -253,10 +253,13 @@ def lay_out(prompt: Messages, sections: list[tuple[str, str]], instruction: str)
 
 def build_messages(pair: Pair, side: str, args: argparse.Namespace) -> Messages:
     """Asks about one side of a pair or, a judge, about both with one side first."""
-    chosen, rejected = pair.answers
-    if args.task == "critique":
-        text = (chosen if side == "chosen" else rejected).message.text
+    if side == "chosen":  # not by `pair.answers`, which would take a second of 100,000 pairs
+        text = Message("assistant", pair.chosen, pair.chosen_more).text
         return build_critique_messages(pair.prompt, text, args.instruction)
+    if side == "rejected":
+        text = Message("assistant", pair.rejected, pair.rejected_more).text
+        return build_critique_messages(pair.prompt, text, args.instruction)
+    chosen, rejected = pair.answers
     first, second = (chosen, rejected) if side == "chosen_first" else (rejected, chosen)
     return build_judge_messages(first, second, args.with_critiques, args.instruction)
 
@@ -737,10 +740,11 @@ def looks_like_reasoning(answer: str) -> bool:
     """Whether an answer begins like thoughts, or holds a mark that no prose would put so."""
     if SPOKEN_THOUGHTS.match(answer):
         return True
+    unquoted = "".join(answer.split("```")[::2])
     for opening, closing in REASONING_MARKS:
-        if opening in answer or closing in answer:
+        if opening in unquoted or closing in unquoted:
             mark = rf"{re.escape(opening)}[\w\n]|[\w.!?\n]{re.escape(closing)}"
-            if re.search(mark, answer):
+            if re.search(mark, unquoted):
                 return True
     return False
 
@@ -1101,7 +1105,8 @@ class Calls:
         self.ending_since = self.ending_since or now
         waited_seconds = now - self.ending_since
         most_seconds = settings.timeout_seconds + settings.max_tokens / SLOW_TOKENS_PER_SECOND
-        if not is_hopeless and not self.errors:  # interrupted
+        is_interrupted = not is_hopeless and not self.errors
+        if is_interrupted or not self.endpoint.is_reached:
             most_seconds = GRACE_SECONDS
         elif self.running and waited_seconds > GRACE_SECONDS and not self.is_said:
             self.is_said = True
