@@ -1002,7 +1002,7 @@ def test_a_wrong_address_is_one_line_soon(host, run):
     write_pairs(20)
     started_at = time.monotonic()
     result = run(None, "--base-url", f"http://{host}/v1")
-    assert result.code == 1 and time.monotonic() - started_at < 5
+    assert result.code == 1 and time.monotonic() - started_at < 10  # a resolver may take 5
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
     assert result.stderr.startswith(f"http://{host}/v1/chat/completions: ")
     assert "OPENAI_API_KEY" in result.stderr
