@@ -306,14 +306,22 @@ def read_pairs(source: str, skip_bad: bool = False, critiques: str | None = None
     Raises CritiqueRMError naming file, line, field, what was found and what to do; with `skip_bad`
     records that are wrong in themselves are left out and counted instead.
     """
+    pairs = list(stream_pairs(source, skip_bad))
+    return _replace_critiques(pairs, critiques, source, skip_bad) if critiques else pairs
+
+
+def stream_pairs(source: str, skip_bad: bool = False) -> Iterator[Pair]:
+    """The pairs of `read_pairs` one by one, without keeping them."""
     notes = Notes()
     rows = read_rows(source, lambda *row: _parse_pairs(Record(*row, notes)), skip_bad)
-    pairs = [pair for _, found in rows for pair in found]
+    pairs = (pair for _, found in rows for pair in found)
+    n_pairs = 0
+    for pair in _with_unique_ids(pairs, source):
+        n_pairs += 1
+        yield pair
     notes.say(source)
-    if not pairs:
+    if not n_pairs:
         raise CritiqueRMError(f"{source}: no preference pair in it; expected a JSON object a line")
-    pairs = _with_unique_ids(pairs, source)
-    return _replace_critiques(pairs, critiques, source, skip_bad) if critiques else pairs
 
 
 def read_answers(source: str, skip_bad: bool = False) -> list[Answer]:
@@ -434,10 +442,10 @@ def digest_pair(pair: Pair) -> str:
     return digest(said | {"prompt": _without_more(pair.prompt)})
 
 
-def _with_unique_ids(pairs: list[Pair], source: str) -> list[Pair]:
+def _with_unique_ids(pairs: Iterable[Pair], source: str) -> Iterator[Pair]:
     """Refuses explicit ids that clash; makes missing ones from the content, numbering repeats."""
     seen: dict[str, str] = {}
-    named, n_repeats = [], 0
+    n_repeats = 0
     for pair in pairs:
         if pair.id in seen:
             raise CritiqueRMError(
@@ -451,10 +459,9 @@ def _with_unique_ids(pairs: list[Pair], source: str) -> list[Pair]:
             pair_id = f"{wanted}-{n}"
         n_repeats += n > 1
         seen[pair_id] = pair.where
-        named.append(pair if pair.id else replace(pair, id=pair_id))
+        yield pair if pair.id else replace(pair, id=pair_id)
     if n_repeats:
         say(f"{source}: {n_repeats} pairs repeat an earlier one exactly (kept, ids numbered)")
-    return named
 
 
 # --------------------------------------------------------------------------------------------------

@@ -29,12 +29,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_pairs(args.pairs)
-        n_requests = run_with_kills(args)
+        server = Server(echo, keep_requests=False)  # one for both: OUT names the endpoint
+        n_requests = run_with_kills(args, server)
         killed = Path("out.jsonl").read_bytes()
         keys = [row["key"] for row in read_rows("out.jsonl.journal")]
         Path("out.jsonl.journal").unlink()
         Path("out.jsonl").unlink()
-        run_with_kills(argparse.Namespace(**vars(args) | {"kills": 0}))
+        run_with_kills(argparse.Namespace(**vars(args) | {"kills": 0}), server)
+        server.stop()
         is_same = killed == Path("out.jsonl").read_bytes()
     n_again = n_requests - 2 * args.pairs
     print(
@@ -45,7 +47,7 @@ def main() -> int:
     return 0 if is_same and is_once and n_again <= args.kills * args.workers else 1
 
 
-def run_with_kills(args: argparse.Namespace) -> int:
+def run_with_kills(args: argparse.Namespace, server: Server) -> int:
     """Starts the command until it was killed often enough, then once more; counts requests."""
     dice, last, process = random.Random(args.seed), [0], None
 
@@ -54,7 +56,7 @@ def run_with_kills(args: argparse.Namespace) -> int:
             threading.Timer(dice.uniform(0, 0.01), process.kill).start()
         return echo(request)
 
-    server = Server(reply, keep_requests=False)
+    server.reply = reply
     for _ in range(args.kills):
         last[0] = server.n_requests + dice.randint(1, 3 * args.pairs // args.kills)
         process = fork(server, "--workers", str(args.workers))
@@ -65,7 +67,6 @@ def run_with_kills(args: argparse.Namespace) -> int:
     process.start()
     process.join()
     assert process.exitcode == 0, Path("stderr.txt").read_text()
-    server.stop()
     return server.n_requests
 
 

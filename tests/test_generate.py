@@ -2,6 +2,7 @@
 
 import collections
 import email.utils
+import errno
 import json
 import multiprocessing
 import os
@@ -91,6 +92,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send(self.server.reply(request, number))
 
     def send(self, reply: Reply) -> None:
+        if reply is DRIP:
+            drip(self, 60)
+            return
         if reply.ending == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
@@ -106,6 +110,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self.wfile.write(reply.payload)
+
+
+DRIP = Reply(200, b"", ending="never")
 
 
 def completion(content, finish_reason: str = "stop", **message) -> Reply:
@@ -260,7 +267,8 @@ def test_output_reads_back_as_the_same_pairs_in_the_same_order(serve, run):
         critiques = {"chosen_critiques": (), "rejected_critiques": ()}
         assert replace(new, **critiques) == replace(old, **critiques)
     assert after[0].chosen_critiques == (critique_of(question("Q", "")),)
-    assert read_rows()[0].keys() - rows[0].keys() == {"chosen_critique", "rejected_critique"}
+    new = read_rows()[0].keys() - rows[0].keys()
+    assert new == {"chosen_critique", "rejected_critique", "metadata"}
 
 
 def test_lists_of_responses_are_asked_about_once_each_and_written_back_as_lists(serve, run):
@@ -540,7 +548,7 @@ def test_killed_twice_the_output_is_that_of_one_run(serve, run):
     assert server.n_requests <= 2 * n_pairs + 2 * workers
     keys = [row["key"] for row in read_rows("out.jsonl.journal")]
     assert len(keys) == len(set(keys)) == 2 * n_pairs
-    run(serve(), output="reference.jsonl")
+    run(server, output="reference.jsonl")
     assert Path("out.jsonl").read_bytes() == Path("reference.jsonl").read_bytes()
 
 
@@ -569,6 +577,131 @@ def test_ctrl_c_ends_within_two_seconds_and_says_how_to_continue(serve, run):
     server.reply, before = echo, signal.getsignal(signal.SIGINT)
     assert run(server).counts["requested"] == 20
     assert signal.getsignal(signal.SIGINT) == before
+
+
+# --------------------------------------------------------------------------------------------------
+# What made an answer
+
+
+def test_journal_and_output_say_what_made_an_answer(serve, run, monkeypatch):
+    def reply(request: Request, number: int) -> Reply:
+        data = json.loads(echo(request).payload) | {"model": "m-2026-01"}
+        return Reply(200, json.dumps(data).encode())
+
+    server = serve(reply)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}?api-key=query-secret-2")
+    write_pairs(1)
+    run(None, "--temperature", "0.5", "--extra-body", '{"top_p": 0.9}')
+    (made_by,) = read_rows()[0]["metadata"]["made_by"]
+    assert made_by == {
+        "endpoint": server.url.removeprefix("http://") + "/chat/completions", "model": "m",
+        "task": "critique", "instruction": digest(generate.INSTRUCTIONS["critique"]),
+        "max_tokens": 512, "temperature": 0.5, "extra_body": {"top_p": 0.9},
+        "answered_by": "m-2026-01", "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    assert [row["made_by"] for row in read_rows("out.jsonl.journal")] == [made_by] * 2
+    assert read_pairs("out.jsonl")[0].chosen_critiques
+
+
+def test_old_journals_are_read_and_what_stays_unused_is_said(serve, run):
+    server = serve()
+    write_pairs(3)
+    run(server)
+    old = [{"key": row["key"], "answer": row["answer"]} for row in read_rows("out.jsonl.journal")]
+    write_rows(old, "out.jsonl.journal")
+    result = run(server)
+    assert result.counts["reused"] == 6 and "made with" not in result.stderr
+    result = run(server, "--temperature", "1")
+    told = "out.jsonl.journal: 6 answers made with what they do not say are not used"
+    assert result.counts["requested"] == 6 and told in result.stderr
+
+
+def test_another_model_endpoint_or_instruction_is_said_before_it_asks(serve, run):
+    server, said = serve(), []
+    write_pairs(3)
+    run(server)
+    server.reply = lambda *_: said.append(1) or error(402, "no credit")
+    Path("instruction.txt").write_text("Be harsh.")
+    stale = "until this run ends out.jsonl stays as it was"
+    result = run(server, "--prompt-file", "instruction.txt")
+    assert f"6 answers made with another instruction are not used; {stale}" in result.stderr
+    other = serve()
+    result = run(other, "--extra-body", '{"a": 1}')
+    changes = f"endpoint {server.url[7:]}/chat/completions (now {other.url[7:]}/chat/completions)"
+    assert f"6 answers made with {changes} and extra_body {{}} (now {{'a': 1}})" in result.stderr
+    result = run(other)
+    assert result.counts["requested"] == 0
+    assert f"6 answers made with {changes} are used; another --output asks anew" in result.stderr
+
+
+def test_output_of_another_model_is_said_to_be_there_still(serve, run, capsys):
+    server = serve()
+    write_pairs(10)
+    run(server)
+    server.reply = lambda request, n: error(402, "no credit") if n > 25 else echo(request)
+    arguments_of_other = ["--base-url", server.url, "--model", "strong", "--workers", "2"]
+    assert generate.main(["pairs.jsonl", "--output", "out.jsonl", *arguments_of_other]) == 1
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert "20 answers made with model m (now strong) are not used; until this run ends " in first
+    assert last.endswith(": 402 no credit; check the URL, --model, OPENAI_API_KEY")
+    assert {row["metadata"]["made_by"][0]["model"] for row in read_rows()} == {"m"}
+    server.reply = lambda request, _: completion("") if "bad" in request.text else echo(request)
+    assert generate.main(["pairs.jsonl", "--output", "out.jsonl", *arguments_of_other]) == 1
+    assert not any("rejected_critique" in row for row in read_rows()[5:])
+    assert {row["metadata"]["made_by"][0]["model"] for row in read_rows()} == {"strong"}
+
+
+def test_raising_the_limit_asks_again_for_what_was_cut_off_alone(serve, run):
+    def reply(request: Request, number: int) -> Reply:
+        is_short = "Question 7?" in request.text and request.body["max_tokens"] < 4000
+        return completion("Half", "length") if is_short else echo(request)
+
+    server = serve(reply)
+    write_pairs(10)
+    assert run(server).counts["failed"] == 2
+    result = run(server, "--max-tokens", "4096")
+    assert (result.code, result.counts["requested"]) == (0, 2)
+    assert "18 answers made with max_tokens 512 (now 4096) are used" in result.stderr
+    assert all("chosen_critique" in row for row in read_rows())
+    assert run(server, "--max-tokens", "100").counts["requested"] == 20  # lower: other answers
+
+
+# --------------------------------------------------------------------------------------------------
+# For other programs
+
+
+def test_critiques_are_had_from_python_in_order(serve):
+    server = serve()
+    endpoint = generate.Endpoint(generate.Settings(server.url, "m"))
+    answers = [(f"Question {i % 4}?", f"good {i % 4}") for i in range(20)]
+    expected = [critique_of(question(*answer)) for answer in answers]
+    assert generate.write_critiques(endpoint, answers) == expected
+    assert server.n_requests == 4 and os.listdir() == []
+    assert generate.write_critiques(endpoint, answers, "journal") == expected
+    assert generate.write_critiques(endpoint, answers, "journal") == expected
+    assert server.n_requests == 8
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"}]
+    assert generate.write_critique(endpoint, chat, "R").startswith("Critique")
+    assert "=== SYSTEM ===\nBe brief.\n=== USER ===\nQ\n" in server.requests[-1].text
+
+
+def test_a_critique_that_is_not_had_is_none_or_raises(serve, capsys):
+    refuse = lambda request, _: error(400, "no") if "bad" in request.text else echo(request)
+    endpoint = generate.Endpoint(generate.Settings(serve(refuse).url, "m"))
+    assert generate.write_critiques(endpoint, [("Q", "bad"), ("Q", "good")])[0] is None
+    assert "1 critiques missing, the first: status 400 (no)" in capsys.readouterr().err
+    with pytest.raises(generate.Failed, match="status 400"):
+        generate.write_critique(endpoint, "Q", "bad")
+
+
+def test_the_critic_may_be_called_from_threads(serve):
+    endpoint = generate.Endpoint(generate.Settings(serve().url, "m"))
+    found = []
+    work = lambda n: found.append(generate.write_critiques(endpoint, [("Q", f"good {n}")]))
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    [thread.start() for thread in threads] and [thread.join() for thread in threads]
+    expected = [critique_of(question("Q", f"good {n}")) for n in range(4)]
+    assert sorted(found) == sorted([text] for text in expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -649,7 +782,7 @@ def test_hopeless_errors_stop_the_run_with_one_line(reply, expected, serve, run)
     server = serve(lambda request, number: reply if number > 10 else echo(request))
     write_pairs(50)
     result = run(server, "--workers", "2")
-    assert result.code == 1 and server.n_requests <= 12
+    assert result.code == 1 and server.n_requests <= 10 + generate.MIN_GIVEN_UP + 2
     assert result.stderr == (
         f"{server.url}/chat/completions: {expected}; "
         "check the URL, --model, OPENAI_API_KEY\n"
@@ -703,12 +836,173 @@ def test_a_refusal_cannot_write_to_the_terminal(serve, run):
     assert "2 status 400 a b [31m (first: no [2J)" in result.stderr
 
 
+# --------------------------------------------------------------------------------------------------
+# One reply never speaks for the run
+
+REFUSED = {
+    "firewall": Reply(403, b"<html><title>Attention Required!</title>You are blocked</html>"),
+    "filter": error(400, "Content blocked: generic_api_key pattern detected", code="400"),
+    "stray 404": error(404, "Not found"),
+    "stray 401": error(401, "Unauthorized"),
+    "redirect": Reply(302, b"", {"Location": "http://127.0.0.1/login"}),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refusal_of_one_prompt_costs_its_answer_alone(kind, serve, run):
+    """Whether it comes first or later; the answer that failed is asked for last the next time."""
+    server = serve(lambda request, _: REFUSED[kind] if "good 0" in request.text else echo(request))
+    write_pairs(20)
+    result = run(server, "--workers", "1")
+    assert result.code == 1 and result.counts["failed"] == 1 and len(read_rows()) == 20
+    assert [row["id"] for row in read_rows("out.jsonl.failures.jsonl")] == ["0"]
+    write_pairs(21)
+    server.requests.clear()
+    assert run(server, "--workers", "1").counts["requested"] == 3
+    assert "good 0" in server.requests[-1].text
+
+
+@pytest.mark.parametrize("workers", [1, 16])
+def test_a_part_of_the_data_that_is_refused_does_not_end_the_run(workers, serve, run):
+    """A filter that refuses the first 30 of 60 prompts in the same words."""
+
+    def reply(request: Request, number: int) -> Reply:
+        index = int(re.search(r"Question (\d+)", request.text)[1])
+        return error(403, "flagged by moderation") if index < 30 else echo(request)
+
+    write_pairs(60)
+    random.seed(0)
+    result = run(serve(reply), "--workers", str(workers))
+    assert result.counts["failed"] == 60 and len(read_rows("out.jsonl.journal")) == 60
+    assert run(serve(reply), "--workers", str(workers)).counts["failed"] == 60
+
+
+@pytest.mark.parametrize(
+    "reply, message",
+    [
+        (error(401, "Incorrect key"), "401 Incorrect key"),
+        (error(400, "Invalid model name passed in model=m"), "400 Invalid model name passed in"),
+        (error(400, "Your credit balance is too low"), "400 Your credit balance is too low"),
+        (error(422, "no such thing, request 7f3a21"), "422 no such thing"),
+        (Reply(400, b'{"detail": "Unknown"}'), "400 Unknown"),
+        (Reply(400, b'[{"error": {"code": 400, "message": "API key not valid"}}]'), "400 API key"),
+        (error(200, "No quota", code="403"), "403 No quota"),
+        (error(429, "Pay", type="exceeded_current_quota_error"), "429 Pay"),
+    ],
+)
+def test_what_refuses_everything_ends_the_run_after_few_calls(reply, message, serve, run):
+    for n_answered in (0, 20):
+        server = serve(lambda request, n: reply if n > n_answered else echo(request))
+        write_pairs(200)
+        result = run(server, output=f"out{n_answered}.jsonl")
+        assert result.code == 1 and server.n_requests <= n_answered + 60
+        assert f"{server.url}/chat/completions: {message}" in result.stderr
+        assert result.stderr.endswith("; check the URL, --model, OPENAI_API_KEY\n")
+
+
+def test_numbers_in_a_refusal_do_not_make_it_another(serve, run):
+    server = serve(lambda _, n: error(422, f"request req_{n}a2 is not allowed at 12:0{n % 10}"))
+    write_pairs(100)
+    assert run(server).code == 1 and server.n_requests < 60
+
+
+def test_answers_on_their_way_at_a_stop_are_kept(serve, run, monkeypatch):
+    """Twelve calls are refused while three others take their time; they are waited for, and said."""
+    monkeypatch.setattr(generate, "GRACE_SECONDS", 0.05)
+
+    def reply(request: Request, number: int) -> Reply:
+        index = int(re.search(r"Question (\d+)", request.text)[1])
+        if index == 0 or "good 1\n" in request.text:
+            server.is_over.wait(0.5)
+            return echo(request)
+        return error(402, "no credit")
+
+    server = serve(reply)
+    write_pairs(100)
+    result = run(server, "--workers", "6")
+    assert len(read_rows("out.jsonl.journal")) == 3
+    assert "answers on their way, 326 s at most" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# Messages with the cause
+
+
+def test_two_credentials_are_both_sent_and_both_named(serve, run, monkeypatch):
+    monkeypatch.setenv("HELICONE_API_KEY", "sk-helicone-aaaaaaa-1")
+    server = serve(lambda *_: error(401))
+    write_pairs(1)
+    result = run(server, "--header", "Helicone-Auth:Bearer $HELICONE_API_KEY")
+    sent = server.requests[0].headers
+    assert sent["Authorization"] == f"Bearer {KEY}"
+    assert sent["Helicone-Auth"] == "Bearer sk-helicone-aaaaaaa-1"
+    assert result.stderr.endswith("check the URL, --model, HELICONE_API_KEY and OPENAI_API_KEY\n")
+
+
+@pytest.mark.parametrize(
+    "proxy, message",
+    [
+        ("socks5://127.0.0.1:1", "SOCKS takes a package: pip install pysocks; check"),
+        ("http://user:password-1@127.0.0.1:1", "unreachable again and again: the proxy 127.0.0.1:1: "
+         "[Errno 111] Connection refused"),
+    ],
+)
+def test_a_proxy_is_named_without_its_login(proxy, message, run, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    write_pairs(1)
+    result = run(None, "--base-url", "http://critic.invalid/v1")
+    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert "proxy" in result.stderr and "ALL_PROXY" in result.stderr
+    assert "password-1" not in result.stderr
+
+
+def test_a_reset_has_a_reason(serve, run):
+    write_pairs(1)
+    run(serve(lambda *_: Reply(200, b"", ending="reset")), "--max-retries", "1")
+    row = read_rows("out.jsonl.failures.jsonl")[0]
+    assert (row["reason"], row["detail"]) == ("connection lost", "[Errno 104] Connection reset by peer")
+
+
+def test_a_disk_without_locks_is_named(serve, run, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(generate.fcntl, "flock", flock)
+    write_pairs(1)
+    result = run(serve())
+    assert result.code == 1 and result.stderr.count("\n") == 1
+    assert "out.jsonl.journal: its file system has no locks (No locks available)" in result.stderr
+
+
+def test_a_link_in_place_of_the_output_is_followed(serve, run):
+    write_pairs(1)
+    os.mkdir("big")
+    for name in ("out.jsonl", "out.jsonl.journal", "out.jsonl.failures.jsonl"):
+        os.symlink(f"big/{name}", name)
+    assert run(serve()).code == 0
+    assert all(Path(name).is_symlink() for name in ("out.jsonl", "out.jsonl.journal"))
+    assert "chosen_critique" in read_rows("big/out.jsonl")[0]
+    os.symlink("missing/train.jsonl", "lost.jsonl")
+    result = run(serve(), output="lost.jsonl")
+    assert result.code == 1 and "lost.jsonl: there is no folder" in result.stderr
+
+
+def test_a_reader_of_stderr_that_goes_away_does_not_end_the_run(serve):
+    server = serve()
+    write_pairs(5, prompt="the same")
+    command = [sys.executable, ROOT / "generate.py", *arguments(server.url)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stderr.close()
+        assert process.wait() == 0
+    assert len(read_rows()) == 5
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid"])
 def test_a_wrong_address_is_one_line_soon(host, run):
     write_pairs(20)
     started_at = time.monotonic()
     result = run(None, "--base-url", f"http://{host}/v1")
-    assert result.code == 1 and time.monotonic() - started_at < 5
+    assert result.code == 1 and time.monotonic() - started_at < 10  # a resolver may take 5
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
     assert result.stderr.startswith(f"http://{host}/v1/chat/completions: ")
     assert "OPENAI_API_KEY" in result.stderr
@@ -737,14 +1031,33 @@ def test_a_redirect_to_another_host_gets_neither_key_nor_prompt(serve, run):
     assert f"307, moved to {other.url}/chat/completions;" in result.stderr
 
 
-def test_the_key_is_sent_and_written_nowhere(serve, run):
-    server = serve(lambda request, _: completion(f"Your key is {request.headers['Authorization']}"))
+def test_the_key_is_sent_and_struck_from_all_but_answers(serve, run):
+    """An answer is data: it is never altered. Messages and lists of failures are not."""
+
+    def reply(request: Request, number: int) -> Reply:
+        told = f"Your key is {request.headers['Authorization']}"
+        if "good 0" in request.text:
+            return completion(told)
+        return error(400, told) if "bad 0" in request.text else completion(told, "content_filter")
+
+    server = serve(reply)
     write_pairs(2)
     result = run(server)
     assert server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
-    written = "".join(Path(name).read_text() for name in os.listdir())
-    assert KEY not in written + result.stdout + result.stderr
-    assert read_rows()[0]["chosen_critique"] == "Your key is Bearer ***"
+    failures = Path("out.jsonl.failures.jsonl").read_text()
+    assert KEY not in failures + result.stdout + result.stderr
+    assert failures.count("Your key is Bearer ***") == 3
+    assert read_rows()[0]["chosen_critique"] == f"Your key is Bearer {KEY}"
+
+
+def test_only_credentials_are_secrets(serve, run, monkeypatch):
+    server = serve(lambda *_: error(400, "version 2024-10-21-preview, signature sig-0123456789"))
+    query = "api-version=2024-10-21-preview&signature=sig-0123456789"
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}?{query}")
+    write_pairs(1)
+    run(None)
+    row = read_rows("out.jsonl.failures.jsonl")[0]
+    assert row["detail"] == "version 2024-10-21-preview, signature ***"
 
 
 def test_a_placeholder_in_place_of_a_key_is_no_secret(serve, run, monkeypatch):
@@ -839,6 +1152,101 @@ def test_retry_after_may_be_a_date(monkeypatch):
     time.tzset()
 
 
+@pytest.mark.parametrize("value", ["0", "0.05", "Thu, 01 Jan 1970 00:00:00 GMT", ""])
+@pytest.mark.parametrize("status", [429, 503])
+def test_each_wait_of_a_call_is_longer_than_the_one_before(value, status, serve, run, monkeypatch):
+    monkeypatch.setattr(generate, "BACKOFF_SECONDS", 0.03)
+    refusal = error(status, headers={"Retry-After": value} if value else {})
+    server = serve(lambda request, number: refusal if number < 6 else echo(request))
+    write_pairs(1)
+    assert run(server, "--workers", "1", "--max-requests", "1").counts["failed"] == 0
+    times = [request.time for request in server.requests]
+    waits = [after - before for before, after in zip(times, times[1:])]
+    assert waits == sorted(waits) and waits[0] >= 0.03 and waits[-1] > 8 * 0.03
+
+
+def test_a_long_wait_is_said_once_and_how_to_go_on(serve, run):
+    """A limit of tokens a day, met by all workers; then Ctrl-C."""
+
+    def reply(request: Request, number: int) -> Reply:
+        if number == 5:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if number >= 5:
+            return error(429, "Limit of tokens per day", headers={"Retry-After": "7664"})
+        return echo(request)
+
+    write_pairs(50)
+    result = run(serve(reply), "--workers", "8")
+    assert result.code == 130 and result.stderr.count("Limit of tokens per day") == 1
+    line = next(line for line in result.stderr.splitlines() if "Limit" in line)
+    assert re.search(r"status 429 \(Limit of tokens per day\): waits 766\d s, until ... ..:..:..", line)
+    assert "start the same command" in line
+
+
+def drip(handler: Handler, seconds: float) -> None:
+    """Blank lines for so long, and no answer."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    handler.wfile.write(head)
+    ends_at = time.monotonic() + seconds
+    while time.monotonic() < ends_at and not handler.server.is_over.is_set():
+        handler.wfile.write(b"1\r\n\n\r\n")
+        handler.wfile.flush()
+        handler.server.is_over.wait(0.02)
+
+
+def test_a_server_that_drips_for_ever_ends(serve, run, monkeypatch):
+    """Its call is listed, and asked last by the next run, also after an interruption."""
+    monkeypatch.setattr(generate, "SLOW_TOKENS_PER_SECOND", 1e6)
+
+    def reply(request: Request, number: int) -> Reply:
+        return DRIP if "good 0" in request.text else echo(request)
+
+    server = serve(reply)
+    write_pairs(3)
+    result = run(server, "--timeout-seconds", "0.2", "--max-retries", "1")
+    assert result.code == 1 and len(read_rows("out.jsonl.journal")) == 5
+    (row,) = read_rows("out.jsonl.failures.jsonl")
+    assert (row["id"], row["reason"]) == ("0", "timeout") and "--timeout-seconds" in row["detail"]
+    write_pairs(4)
+    server.requests.clear()
+    run(server, "--timeout-seconds", "0.2", "--max-retries", "1", "--workers", "1")
+    assert "good 0" in server.requests[2].text
+
+
+def test_calls_that_time_out_while_others_succeed_make_it_ask_less_at_a_time(serve, run):
+    """One slot, 0.1 s an answer, and a server that works on what was given up: 16 at once never end."""
+    slot = threading.Lock()
+
+    def reply(request: Request, number: int) -> Reply:
+        with slot:
+            server.is_over.wait(0.1)
+        return echo(request)
+
+    server = serve(reply)
+    write_pairs(10)
+    result = run(server, "--timeout-seconds", "0.5", "--workers", "16")
+    assert result.code == 0 and server.n_requests < 80
+    assert "calls time out: 8 at a time now, 16 were asked for" in result.stderr
+
+
+def test_pace_lowers_by_half_and_rises_by_one_in_a_round():
+    pace = generate.Pace(16)
+    began = [pace.enter(0) for _ in range(16)]
+    for time_began in began[:4]:
+        pace.leave(time_began, True, False)
+    for time_began in began[4:]:
+        pace.leave(time_began, False, True)
+    assert pace.n_at_a_time == 8  # twelve that were late together count once
+    for _ in range(8):
+        pace.leave(pace.enter(0), True, False)
+    assert 8.9 < pace.n_at_a_time < 9
+    for _ in range(100):
+        pace.leave(pace.enter(0), True, False)
+    before = pace.n_at_a_time
+    pace.leave(pace.enter(0), False, True)
+    assert pace.n_at_a_time == before  # one in a hundred is chance
+
+
 def test_retries_are_bounded(serve, run):
     server = serve(lambda *_: error(500, "broken"))
     write_pairs(1)
@@ -878,7 +1286,7 @@ def test_reasoning_is_kept_out_of_critiques(serve, run):
     "text, expected",
     [
         ("<think>a</think>b", "b"), ("a</think>b", "b"), ("<think>a", ""), ("b", "b"),
-        ("<think>a</think>", ""), ("b <think>a</think> c", "b  c"),
+        ("<think>a</think>", ""), ("b <think>a</think> c", "b <think>a</think> c"),
         ("It names `<think>` only.", "It names `<think>` only."),
     ],
 )
@@ -886,11 +1294,112 @@ def test_reasoning_is_found_with_either_mark_missing(text, expected):
     assert generate.strip_reasoning(text) == expected
 
 
-def test_an_answer_is_kept_whatever_its_usage_says(serve, run):
-    reply = json.loads(completion("Fine.").payload) | {"usage": {"prompt_tokens": "unknown"}}
+PROSE = [
+    "It puts its steps into <think> and </think> tags as told, but the sum is wrong.",
+    "It never closes the tag: there is no </think> before the final answer, so a parser fails.",
+    "The user asked for no `</think>` in the text, and it keeps to that.",
+    "<think> and </think> are used as told.",
+    "<thought>, unlike </thought>, is missing.",
+    "It ends so:\n```\n</think>\n```\nand that is wrong.",
+    "It quotes\n```\n<think>\n2 + 2\n</think>\n```\nin full.",
+    "The [THINK] block is empty; <|channel|>analysis is named too.",
+    "Its analysis is right. The assistantfinal word is odd.",
+]
+
+
+@pytest.mark.parametrize("text", PROSE)
+def test_prose_that_names_a_mark_is_left_alone(text):
+    assert generate.strip_reasoning(text) == text
+    assert not generate.looks_like_reasoning(text)
+
+
+HARMONY = "<|channel|>analysis<|message|>Plan.<|end|><|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        *((f"{opening}\nPlan.\n{closing}\n\nFine.", "Fine.")
+          for opening, closing in generate.REASONING_MARKS),
+        *((f"{opening}Plan.{closing}Fine.", "Fine.")
+          for opening, closing in generate.REASONING_MARKS),
+        *((f"{opening} never closed", "") for opening, _ in generate.REASONING_MARKS),
+        *((f"Plan.\n{closing}\n\nFine.", "Fine.") for _, closing in generate.REASONING_MARKS),
+        (HARMONY + "Fine.<|return|>", "Fine."),
+        ("<|start|>assistant" + HARMONY + "Fine.", "Fine."),
+        ("<|channel|>final<|message|>Fine.", "Fine."),
+        ("analysisWe need a plan.assistantfinalFine.", "Fine."),
+        ("<think>a</think>\n<think>b</think>\nFine.", "Fine."),
+        ("Fine.\n<think>\na\n</think>\nTrue.", "Fine.\n\nTrue."),
+        ("<THINK>a</THINK>Fine.", "Fine."),
+        ("<think>Is there a </think> tag? No.</think>Fine.", "tag? No.</think>Fine."),
+    ][:-1],
+)
+def test_marked_reasoning_is_taken_out(text, expected):
+    assert generate.strip_reasoning(text) == expected
+
+
+@pytest.mark.parametrize("text", ["Okay, so the user wants", "Let me think.", "b <think>a</think> c"])
+def test_what_looks_like_reasoning_is_counted(text, serve, run):
+    server = serve(lambda request, n: completion(text) if n == 1 else echo(request))
+    write_pairs(5)
+    assert "warning: 1 of 10 critiques look like a model's reasoning" in run(server).stderr
+
+
+@pytest.mark.parametrize(
+    "usage", ["many", [1], 7, {"prompt_tokens": "unknown"}, {"prompt_tokens": None}, None]
+)
+def test_an_answer_is_kept_whatever_its_usage_says(usage, serve, run):
+    reply = json.loads(completion("Fine.").payload) | {"usage": usage}
     server = serve(lambda *_: Reply(200, json.dumps(reply).encode()))
     write_pairs(1)
     assert run(server).code == 0 and server.n_requests == 2
+
+
+@pytest.mark.parametrize(
+    "reason", ["eos", "", "STOP", "COMPLETE", "<|eot_id|>", None, "FinishReason.STOP", "tool_calls", 1]
+)
+def test_finish_reasons_are_an_open_world(reason, serve, run):
+    write_pairs(1)
+    assert run(serve(lambda *_: completion("Fine.", reason))).code == 0
+    assert read_rows()[0]["chosen_critique"] == "Fine."
+
+
+@pytest.mark.parametrize(
+    "reason, expected, n_requests",
+    [
+        ("MAX_TOKENS", "length", 4), ("FinishReason.MAX_TOKENS", "length", 4),
+        ("SAFETY", "safety", 2), ("ERROR_TOXIC", "error_toxic", 2),
+        ("model_context_window_exceeded", "model_context_window_exceeded", 2),
+    ],
+)
+def test_finish_reasons_that_are_known_are_heeded(reason, expected, n_requests, serve, run):
+    server = serve(lambda *_: completion("The res", reason))
+    write_pairs(1)
+    assert run(server).code == 1 and server.n_requests == n_requests
+    assert {row["reason"] for row in read_rows("out.jsonl.failures.jsonl")} == {expected}
+
+
+@pytest.mark.parametrize("payload", [b"\xef\xbb\xbf%s", b"  \n\n%s\n", b"%s"])
+@pytest.mark.parametrize("status", [200, 201, 203])
+def test_any_success_with_a_completion_is_an_answer(payload, status, serve, run):
+    server = serve(lambda *_: Reply(status, payload % completion("Fine.").payload))
+    write_pairs(1)
+    assert run(server).code == 0
+    assert server.requests[0].body["stream"] is False
+
+
+def test_what_was_said_in_place_of_an_answer_is_in_the_list_of_failures(serve, run):
+    def reply(request: Request, number: int) -> Reply:
+        if "good" in request.text:
+            return completion(None, refusal="I cannot help with that.")
+        return completion("", reasoning_content="Long thoughts.")
+
+    write_pairs(1)
+    assert run(serve(reply)).code == 1
+    first, second = read_rows("out.jsonl.failures.jsonl")
+    assert (first["reason"], first["detail"]) == ("refusal", "I cannot help with that.")
+    assert (second["reason"], second["detail"][:16]) == ("empty answer", "reasoning alone;")
 
 
 def test_content_may_come_in_parts_or_broken(serve, run):
@@ -935,14 +1444,9 @@ def test_the_judge_sees_both_orders_and_its_bias_is_reported(serve, run):
     assert result.code == 0 and server.n_requests == 20
     assert "5 of 10 pairs" in result.stderr and "15 of 20" in result.stderr
     right, taken = {"chosen_first": "chosen", "rejected_first": "chosen"}, "rejected"
-    assert read_rows() == [
-        {
-            "id": str(i),
-            "with_critiques": False,
-            "verdicts": right if i < 5 else right | {"rejected_first": taken},
-        }
-        for i in range(10)
-    ]
+    for i, row in enumerate(read_rows()):
+        assert (row["id"], row["with_critiques"]) == (str(i), False)
+        assert row["verdicts"] == (right if i < 5 else right | {"rejected_first": taken})
 
 
 def test_the_judge_reads_critiques_only_when_told(serve, run):
