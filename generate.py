@@ -89,6 +89,7 @@ CONNECT_TIMEOUT_SECONDS = 10
 SLOW_TOKENS_PER_SECOND = 20  # slower servers must answer within the time that may pass in silence
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, MAX_WAIT_SECONDS = 0.5, 60, 86400
 LONG_WAIT_SECONDS = 30  # longer ones are said
+DRIP_RETRIES = 1
 FIRST_CONTACT_RETRIES = 2  # a mistyped address should not take minutes to show
 MIN_GIVEN_UP = 10  # calls in a row that fail alike, or the number of workers, end a run
 DOUBTFUL = 3  # after so many of them, the next are drawn from all over the data
@@ -464,6 +465,8 @@ class Journal:
 
     def lower_limits(self, limit: int) -> list[int]:
         """Values of --max-tokens below this one that it has answers of, the highest first."""
+        if not self.places:
+            return []
         limits = {maker.get("max_tokens", Settings.max_tokens) for maker in self.makers}
         return sorted((lower for lower in limits if lower < limit), reverse=True)
 
@@ -704,8 +707,10 @@ SPOKEN_THOUGHTS = re.compile(  # beginnings of reasoning without a mark
     re.IGNORECASE,
 )
 
-TAG = r"[<\[◁]\|?/?[\w:]*(think|thought|reason|scratchpad|channel)[\w:]*\|?[>\]▷]"
-MISPLACED_MARK = re.compile(rf"{TAG}[\w\n]|[\w.!?\n]{TAG}|[.!?] {TAG} (?-i:[A-Z])", re.IGNORECASE)
+TAG = r"[<\[◁]\|?/?[\w:]*(think|thought|reason|scratchpad)[\w:]*\|?[>\]▷]"
+MISPLACED_MARK = re.compile(
+    rf"{TAG}[\w\n]|[\w.!?\n]{TAG}|[.!?] {TAG} (?-i:[A-Z])|<\|channel\|>\w+<\|message", re.IGNORECASE
+)
 
 
 def strip_reasoning(text: str) -> str:
@@ -910,6 +915,8 @@ class Endpoint:
         is_unreachable, limit = problem.reason == "unreachable", self.settings.max_retries
         if is_unreachable and not self.is_reached:
             limit = min(limit, FIRST_CONTACT_RETRIES)
+        if problem.reason == "drips":  # each try takes minutes
+            limit = min(limit, DRIP_RETRIES)
         if n_retries > limit and is_unreachable:
             raise self.stop_error(f"unreachable again and again: {problem.detail}")
         if n_retries > limit:
@@ -1012,7 +1019,7 @@ def read_text_of(response: requests.Response, ends_at: float) -> str:
         while part := response.raw.read1(2**16, decode_content=True):
             parts.append(part)
             if time.monotonic() > ends_at:
-                raise Retry("timeout", "drips without end (see --timeout-seconds)", is_late=True)
+                raise Retry("drips", "without end (see --timeout-seconds)", is_late=True)
     return b"".join(parts).decode("utf-8-sig", "replace")
 
 
@@ -1037,17 +1044,16 @@ def say_above_bar(message: str) -> None:
 
 def ask(endpoint: Endpoint, question: Question) -> Reply:
     """The answer to one question. Raises Failed: what is cut off, withheld or empty is not data."""
-    body, problem = dict(question.body), None
+    body = dict(question.body)
     try:
         completion = endpoint.complete(body)
         if completion.finish_reason in LENGTH_REASONS:
             body["max_tokens"] *= 2
             completion = endpoint.complete(body)
-    except Failed as failed:
-        problem = failed
-        raise
-    finally:
+    except Failed as problem:
         endpoint.evidence.add(problem)
+        raise
+    endpoint.evidence.add(None)
     answer = strip_reasoning(completion.text)
     check_answer(completion, answer, endpoint)
     return Reply(answer, completion.answered_by)
@@ -1429,9 +1435,11 @@ def interruptible(endpoint: Endpoint) -> Iterator[None]:
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, lambda *_: endpoint.stop.set())
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -782,7 +782,7 @@ def test_hopeless_errors_stop_the_run_with_one_line(reply, expected, serve, run)
     server = serve(lambda request, number: reply if number > 10 else echo(request))
     write_pairs(50)
     result = run(server, "--workers", "2")
-    assert result.code == 1 and server.n_requests <= 10 + generate.MIN_GIVEN_UP + 2
+    assert result.code == 1 and server.n_requests <= 10 + generate.MIN_GIVEN_UP + 6
     assert result.stderr == (
         f"{server.url}/chat/completions: {expected}; "
         "check the URL, --model, OPENAI_API_KEY\n"
@@ -1206,7 +1206,7 @@ def test_a_server_that_drips_for_ever_ends(serve, run, monkeypatch):
     result = run(server, "--timeout-seconds", "0.2", "--max-retries", "1")
     assert result.code == 1 and len(read_rows("out.jsonl.journal")) == 5
     (row,) = read_rows("out.jsonl.failures.jsonl")
-    assert (row["id"], row["reason"]) == ("0", "timeout") and "--timeout-seconds" in row["detail"]
+    assert (row["id"], row["reason"]) == ("0", "drips") and "--timeout-seconds" in row["detail"]
     write_pairs(4)
     server.requests.clear()
     run(server, "--timeout-seconds", "0.2", "--max-retries", "1", "--workers", "1")
