@@ -2579,13 +2579,13 @@ def score_answers(
 
 
 def make_reward_function(
-    folder: str, critic: Callable[[tuple[Message, ...], str], str] | None = None
+    folder: str, critic: Callable[[str | list, str], str] | None = None
 ) -> Callable[..., list[float | None]]:
     """A reward function as TRL's GRPOTrainer and verl call it, of the model in a folder.
 
     It takes prompts and completions (texts, or lists of messages) and columns by name, of which it
-    reads `critique`, one a completion; `critic` writes those that are not there, from prompt and
-    response. None where a model that reads critiques has none. Rewards come in the given order.
+    reads `critique`, one a completion; `critic` writes those that are not there, from the prompt as
+    it came and the response, as generate.py's `write_critique` does with an endpoint. None where a model that reads critiques has none. Rewards come in the given order.
 
     Raises CritiqueRMError in a process group of several: each process would ask about others.
     """
@@ -2600,7 +2600,7 @@ def make_reward_function(
             asked = check_messages(prompt, "prompt", "user")
             last = check_messages(completion, "completion", "assistant")[-1]
             if critique is None and critic and encoder.use_critiques:
-                critique = critic(asked, last.content)
+                critique = critic(prompt, last.content)
             given = check_critiques(critique, "critique")
             answers.append(Answer(asked, last.content, given, more=last.more))
         return score_answers(model, encoder, answers)

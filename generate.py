@@ -50,6 +50,7 @@ from urllib3.exceptions import HTTPError
 
 from critique_rm import Answer, CritiqueRMError, Message, Pair
 from critique_rm import (
+    check_messages,
     digest,
     explain,
     leave,
@@ -315,9 +316,15 @@ class Plan:
         self.keys: list[str] = []
         self.n_bytes = array("Q")  # of each question, for the estimate of --dry-run
         with explain(f"{args.output}: no room beside it for a copy of the pairs", OSError):
+            n_reviewed = 0
             for pair in stream_pairs(args.pairs, args.skip_bad):
+                n_reviewed += bool(pair.chosen_critiques or pair.rejected_critiques)
                 self.pairs.add(pair)
                 self.add_keys(pair)
+        if n_reviewed and args.task == "critique":
+            say(
+                f"{args.pairs}: {n_reviewed} pairs have critiques, which {args.output} will not hold"
+            )
         n_skipped = self.keys.count("") // len(self.slots)
         if n_skipped == len(self.pairs):
             raise CritiqueRMError(f"{args.pairs}: no critiques in it; run generate.py on it first")
@@ -1233,12 +1240,10 @@ def write_critiques(
 def build_critique_question(
     endpoint: Endpoint, prompt: str | Sequence[dict], response: str
 ) -> Question:
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
     settings = endpoint.settings
-    return build_question(
-        build_critique_messages(messages, response, settings.instruction), 0, settings
-    )
+    asked = check_messages(prompt, "prompt", "user")
+    messages = build_critique_messages(asked, response, settings.instruction)
+    return build_question(messages, 0, settings)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -999,15 +999,15 @@ def test_an_answer_that_cannot_be_read_whole_has_no_reward(reward_folder, mesh):
 def test_a_reward_function_gives_the_rewards_of_single_answers_in_order(reward_folder, mesh):
     asked = []
 
-    def critic(prompt: tuple[Message, ...], response: str) -> str:
-        asked.append((prompt[-1].content, response))
+    def critic(prompt: str | list[dict], response: str) -> str:
+        asked.append((prompt, response))
         return f"about {response}"
 
     reward = rm.make_reward_function(str(reward_folder), critic)
     prompts = ["p", [user("q")], "p", "p"]
     completions = ["a b c", [assistant("d")], "e", "a b c"]
     rewards = reward(prompts, completions, critique=["good", None, ["x", "y"], None], extra=[1] * 4)
-    assert asked == [("q", "d"), ("p", "a b c")]
+    assert asked == [([user("q")], "d"), ("p", "a b c")]
     model, encoder = rm.load_reward_model(str(reward_folder))
     singles = [("p", "a b c", ("good",)), ("q", "d", ("about d",))]
     singles += [("p", "e", ("x", "y")), ("p", "a b c", ("about a b c",))]

@@ -261,7 +261,9 @@ def test_output_reads_back_as_the_same_pairs_in_the_same_order(serve, run):
         {"id": "c", "prompt": [{"role": "user", "content": " "}], "chosen": "c", "rejected": "r"},
     ]
     write_rows(rows)
-    assert run(serve()).code == 0
+    result = run(serve())
+    assert result.code == 0
+    assert "pairs.jsonl: 1 pairs have critiques, which out.jsonl will not hold" in result.stderr
     after = read_pairs("out.jsonl")
     for old, new in zip(read_pairs("pairs.jsonl"), after, strict=True):
         critiques = {"chosen_critiques": (), "rejected_critiques": ()}
