@@ -20,6 +20,7 @@ import argparse
 import fcntl
 import itertools
 import json
+import marshal
 import os
 import random
 import re
@@ -277,29 +278,33 @@ def build_question(messages: Messages, sample: int, settings: Settings) -> Quest
     return Question(digest(body, sample), body)
 
 
+PAIR_FIELDS = [item.name for item in fields(Pair)]
+PROMPT = PAIR_FIELDS.index("prompt")
+
+
 class PairFile:
     """Pairs in a temporary file without a name: of 100,000, memory holds where they are."""
 
     def __init__(self, folder: Path):
         self.file = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=folder)
-        self.starts = array("Q")
+        self.starts, self.n_bytes = array("Q"), 0
 
     def add(self, pair: Pair) -> None:
-        self.starts.append(self.file.tell())
-        row = [getattr(pair, item.name) for item in fields(Pair)]
-        self.file.write(json.dumps(row).encode() + b"\n")
+        row = [getattr(pair, name) for name in PAIR_FIELDS]
+        row[PROMPT] = [tuple(message) for message in pair.prompt]
+        data = marshal.dumps(row)
+        self.file.write(data)
+        self.starts.append(self.n_bytes)
+        self.n_bytes += len(data)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> Pair:
         self.file.seek(self.starts[index])
-        names = [item.name for item in fields(Pair)]
-        row = dict(zip(names, json.loads(self.file.readline())))
-        row["prompt"] = tuple(Message(*message) for message in row["prompt"])
-        for side in ("chosen", "rejected"):
-            row[f"{side}_critiques"] = tuple(row[f"{side}_critiques"])
-        return Pair(**row)
+        row = marshal.load(self.file)
+        row[PROMPT] = tuple(Message(*message) for message in row[PROMPT])
+        return Pair(*row)
 
 
 class Plan:

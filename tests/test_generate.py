@@ -237,6 +237,12 @@ def test_each_question_shows_one_response(serve, run):
         assert "chosen" not in request.text and "rejected" not in request.text
 
 
+def test_asking_imports_neither_torch_nor_transformers(tmp_path):
+    code = "import generate, sys; print({'torch', 'transformers', 'safetensors'} & {*sys.modules})"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+
+
 def test_a_conversation_is_shown_turn_by_turn():
     prompt = Message("user", "Hi"), Message("assistant", "Hello."), Message("user", "Bye")
     text = generate.build_critique_messages(prompt, "Later!", "Judge.")[0].content
