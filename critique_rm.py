@@ -2411,7 +2411,7 @@ def _find_layout(model: PreTrainedModel, longest: int) -> bool | None:
     """
     sequences, alone = _compute_alone(model, max(longest, 8))
     is_exact = alone[0].dtype == torch.float32
-    rounding, most = (1e-4, 1e-4) if is_exact else (0.02, 0.2)
+    rounding, most = (1e-4, 1e-4) if is_exact else (0.06, 0.2)
     of_tries = _difference(model, sequences, alone, share=True)
     of_rows = 0.0 if of_tries < rounding else _difference(model, sequences, alone, share=False)
     reshard(model)

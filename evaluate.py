@@ -166,15 +166,21 @@ class Opinions:
     def measure(self, subset: str, n_pairs: int, seed: int) -> Row:
         """Accuracy with interval, out of the `n_pairs` that there are."""
         prompt_ids = [score.prompt_id for score in self.scores]
+        accuracy = float(self.correct.mean())
         low, high = bootstrap_interval(self.correct, prompt_ids, seed)
-        ties, inconsistent = (
-            None if array is None else float(array.mean())
-            for array in (self.ties, self.inconsistent)
-        )
-        n, accuracy = len(self.scores), float(self.correct.mean())
         if low is None:
             low, high = exact_interval(accuracy, len(set(prompt_ids)))
-        return Row(self.scorer, subset, n, accuracy, low, high, ties, inconsistent, n / n_pairs)
+        return Row(
+            scorer=self.scorer,
+            subset=subset,
+            pairs=len(self.scores),
+            accuracy=accuracy,
+            low=low,
+            high=high,
+            ties=None if self.ties is None else float(self.ties.mean()),
+            inconsistent=None if self.inconsistent is None else float(self.inconsistent.mean()),
+            coverage=len(self.scores) / n_pairs,
+        )
 
 
 def bootstrap_interval(
@@ -842,11 +848,13 @@ def collect_opinions(
 
 def opinions_by(quantity: str, scorer: str, scores: list[PairScore], sign: int = 1) -> Opinions:
     """Prefers the response of which a field of PairScore is higher, or lower with `sign` -1."""
-    chosen = [getattr(score, f"chosen_{quantity}") for score in scores]
-    rejected = [getattr(score, f"rejected_{quantity}") for score in scores]
-    values = sign * np.array([chosen, rejected], float).T.reshape(-1, 2)
+    values = np.zeros((len(scores), 2))
+    for n, score in enumerate(scores):
+        values[n, 0] = sign * getattr(score, f"chosen_{quantity}")
+        values[n, 1] = sign * getattr(score, f"rejected_{quantity}")
     margins = values[:, 0] - values[:, 1]
-    return Opinions(scorer, scores, (margins > 0).astype(float), values, ties=margins == 0)
+    correct = (margins > 0).astype(float)
+    return Opinions(scorer, scores, correct, values, ties=margins == 0)
 
 
 def read_verdicts(

@@ -220,10 +220,13 @@ def check_same_run(old: dict, new: dict) -> None:
     """Refuses to resume a run that was started with something else."""
 
     def settings(run: dict) -> dict[str, object]:
-        parts = {"arguments": run["arguments"], "data": run["data"]}
-        named = {f"{part} {k!r}": v for part, values in parts.items() for k, v in values.items()}
-        free = {f"arguments {name!r}" for name in MAY_CHANGE_ON_RESUME}
-        return {k: v for k, v in named.items() if k not in free} | {"template": run["template"]}
+        named = {"template": run["template"]}
+        for name, value in run["arguments"].items():
+            if name not in MAY_CHANGE_ON_RESUME:
+                named[f"arguments {name!r}"] = value
+        for name, value in run["data"].items():
+            named[f"data {name!r}"] = value
+        return named
 
     before, now = settings(old), settings(new)
     for name in before | now:
