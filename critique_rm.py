@@ -112,8 +112,8 @@ def say_error(script: str, error: BaseException) -> None:
 def leave(code: int) -> NoReturn:
     """Ends the process at once.
 
-    Threads of libraries may still run or wait for answers; at an ordinary exit they took seconds to
-    end, or one in some hundred ranks aborted ("terminate called without an active exception").
+    Threads of libraries may still run or wait for answers: at an ordinary exit they took seconds to
+    end, and once a rank aborted ("terminate called without an active exception").
     """
     sys.stdout.flush()
     sys.stderr.flush()
