@@ -319,7 +319,7 @@ def read_pairs(source: str, skip_bad: bool = False, critiques: str | None = None
     """Reads preference pairs from a file, or from a Hub data set `NAME` or `NAME:SPLIT`.
 
     Files are JSON lines or one JSON array, plain or gzipped, or parquet, told apart by content.
-    Each record is recognised by its fields (see FORMATS). One that lists several responses gives
+    Each record is recognised by its fields (see `_parse_pairs`). Lists of responses give
     all pairs of a chosen and a rejected one. Records without an id get one from their content. With
     `critiques`, another file of pairs or of single answers, what it says of a pair, or else of a
     response to a prompt, takes the place of its critiques.

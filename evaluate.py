@@ -2,7 +2,7 @@
 
     python evaluate.py RUN --data pairs.jsonl           # a Markdown table on stdout
     torchrun --nproc-per-node 8 evaluate.py RUN --data pairs.jsonl
-    python evaluate.py RUN --data pairs.jsonl --probe shuffled --probe swapped
+    python evaluate.py RUN --data pairs.jsonl --probe shuffled --probe swapped --audit audit.jsonl
     python evaluate.py --compare A.scores.jsonl B.scores.jsonl
     python evaluate.py --curve RUN1 RUN2 ... [--plot curve.png]
     python evaluate.py RUN --score answers.jsonl        # one reward a line, for best-of-n
@@ -10,7 +10,9 @@
 RUN is a folder of train.py, or any Hugging Face sequence-classification model made of a decoder
 and a `score` head with one label. Pairs are read by `read_pairs` (critique_rm.py); answers are
 single records {prompt, response, critique?, id?}. A probe scores the same pairs with their
-critiques changed, to see whether the model reads them; --compare says whether one model beats
+critiques changed, to see whether the model reads them; --audit says how each critique moves the
+reward; lists of responses, and rows of RewardBench, RewardBench 2, RM-Bench and JudgeBench, add
+their own figures to the table; --compare says whether one model beats
 another on the pairs that both have scored; --curve reads runs of train.py on different numbers of
 pairs (--max-pairs), with different critiques or none (--critiques, --no-critiques), of several
 seeds, and says how many plain pairs one pair with critiques is worth.
