@@ -1712,13 +1712,13 @@ class Trie:
     positions: np.ndarray  # (T,) int32, depth in the trie
     ends: np.ndarray  # (T,) int32, end of the subtree below each token
     last: np.ndarray  # (S,) int32, index of each sequence's last token
-    numbers: np.ndarray  # (S,) int32, the caller's number of each sequence
+    owners: np.ndarray  # (S,) int32, whose each sequence is: a number of the caller
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def build_trie(sequences: Sequence[np.ndarray], numbers: Sequence[int]) -> Trie:
+def build_trie(sequences: Sequence[np.ndarray], owners: Sequence[int]) -> Trie:
     """Builds the prefix trie of token sequences, found on ids alone."""
     ids, positions, ends = np.empty((3, sum(map(len, sequences))), np.int32)
     last = np.empty(len(sequences), np.int32)
@@ -1734,7 +1734,7 @@ def build_trie(sequences: Sequence[np.ndarray], numbers: Sequence[int]) -> Trie:
         path, previous, n = np.concatenate([path[:shared], new]), sequence, n + len(new)
         last[s] = path[-1]
     ends[path] = n
-    return Trie(ids[:n], positions[:n], ends[:n], last, np.array(numbers, np.int32))
+    return Trie(ids[:n], positions[:n], ends[:n], last, np.array(owners, np.int32))
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -1743,61 +1743,89 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
-def build_tries(sequences: Sequence[np.ndarray], numbers: Sequence[int], share: bool) -> list[Trie]:
+def build_tries(sequences: Sequence[np.ndarray], owners: Sequence[int], share: bool) -> list[Trie]:
     """One trie of all sequences, or one of each where a model cannot share prefixes."""
     if share:
-        return [build_trie(sequences, numbers)]
-    return [build_trie([sequence], [number]) for sequence, number in zip(sequences, numbers)]
+        return [build_trie(sequences, owners)]
+    return [build_trie([sequence], [owner]) for sequence, owner in zip(sequences, owners)]
+
+
+class MicroBatches(NamedTuple):
+    charge_tokens: int  # so many tokens are computed in the time that one more micro-batch costs
+    largest_tokens: int  # in larger ones a token costs as much
+
+
+MICRO_BATCHES = {  # by device and dtype, measured by tests/bench_speed.py --charge; see README.md
+    ("cpu", "float32"): MicroBatches(64, 2048),
+    ("cpu", "bfloat16"): MicroBatches(1024, 2048),
+    ("cuda", "float32"): MicroBatches(2048, 16384),
+    ("cuda", "bfloat16"): MicroBatches(2048, 16384),
+}
 
 
 def pack(
-    units: Sequence[list[Trie]], budget_tokens: int, share: bool, rank: int = 0, n_ranks: int = 1
+    units: Sequence[list[Trie]],
+    budget_tokens: int,
+    charge_tokens: int,
+    share: bool,
+    rank: int = 0,
+    n_ranks: int = 1,
 ) -> list[list[list[Trie]]]:
     """This rank's micro-batches, as rows of tries; the tries of a unit stay together.
 
-    The longest unit left sets the width of the rows; each row is then filled with the longest units
-    that fit, one after the other, or holds one unit where a model cannot share prefixes. A row is
-    never wider than its longest trie, so attention, quadratic in the row, costs what it would
-    without packing. Computing a micro-batch is a collective call: all ranks get equally many, of
-    one shape, so that none waits for another; some may be empty at the end.
+        unit A: ########      row 1: AAAAAAAA    width: that of the longest unit, A
+        unit B: #####         row 2: BBBBBCCC    filled with the longest units that fit
+        unit C: ###           row 3: DDDD....    the dots are computed in vain
+        unit D: ####
+
+    A row is never wider than its longest unit, so attention, quadratic in the row, costs what it
+    would without packing. A row holds one unit where a model cannot share prefixes. Computing a
+    micro-batch is a collective call: all ranks get equally many, of one shape, so that none waits
+    for another; some may be empty at the end.
 
     Within the budget the number of rows is that with the least to compute for each token of data,
-    where a micro-batch counts for budget / 32 tokens more: the weights are gathered for each. On a
-    GPU it counts for 2,048: on an H100, to launch its kernels takes as long as 2,500 tokens of a
-    model of a billion parameters, or 6,000 of SmolLM2-135M.
+    where a micro-batch counts for `charge_tokens` more: for launching its kernels, and for adding
+    up its gradients.
     """
-    overhead_tokens = 2048 if torch.cuda.is_available() else budget_tokens / 32
-
-    def n_tokens(unit: list[Trie]) -> int:
-        """The tokens that the unit takes, each of its tries padded to the longest."""
-        return len(unit) * max(map(len, unit))
-
-    def longest_first(unit: list[Trie]) -> int:
-        return -n_tokens(unit)
-
-    waiting, batches = sorted(units, key=longest_first), []
+    waiting, batches = sorted(units, key=_longest_first), []
     while waiting:
-        width = n_tokens(waiting[0])
-        most_rows = n_ranks * max(1, budget_tokens // width)
-        rows, n_used, costs = [], 0, []  # costs: what a token of data costs, by number of rows
-        while waiting and len(rows) < most_rows:
-            row, space = [], width
-            while (k := bisect_left(waiting, -space, key=longest_first)) < len(waiting):
-                unit = waiting.pop(k)  # the longest that fits
-                row.append(unit)
-                n_used += n_tokens(unit)
-                space = space - n_tokens(unit) if share else 0
+        width = unit_tokens(waiting[0])
+        max_rows = n_ranks * max(1, budget_tokens // width)
+        rows, costs, n_data = [], [], 0
+        while waiting and len(rows) < max_rows:
+            row = _fill_row(waiting, width, share)
             rows.append(row)
+            n_data += sum(map(unit_tokens, row))
             if len(rows) % n_ranks == 0 or not waiting:
-                rows_of_a_rank = math.ceil(len(rows) / n_ranks)
-                costs.append(((rows_of_a_rank * width + overhead_tokens) / n_used, len(rows)))
+                n_computed = math.ceil(len(rows) / n_ranks) * width  # by each rank
+                costs.append(((n_computed + charge_tokens) / n_data, len(rows)))
         _, n_rows = min(costs)
         for row in rows[n_rows:]:
             for unit in row:  # it waits for the next micro-batch
-                insort(waiting, unit, key=longest_first)
-        mine = [list(itertools.chain(*row)) for row in rows[:n_rows][rank::n_ranks]]
-        batches.append(mine if share else [[trie] for row in mine for trie in row])
+                insort(waiting, unit, key=_longest_first)
+        own_rows = rows[:n_rows][rank::n_ranks]
+        own_tries = [list(itertools.chain(*row)) for row in own_rows]
+        batches.append(own_tries if share else [[trie] for row in own_tries for trie in row])
     return batches
+
+
+def _fill_row(waiting: list[list[Trie]], width: int, share: bool) -> list[list[Trie]]:
+    """Takes units from those that wait, longest first: the longest that fits, until none does."""
+    row, space = [], width
+    while (n := bisect_left(waiting, -space, key=_longest_first)) < len(waiting):
+        unit = waiting.pop(n)
+        row.append(unit)
+        space = space - unit_tokens(unit) if share else 0
+    return row
+
+
+def unit_tokens(unit: list[Trie]) -> int:
+    """The tokens that a unit takes, each of its tries padded to the longest."""
+    return len(unit) * max(map(len, unit))
+
+
+def _longest_first(unit: list[Trie]) -> int:
+    return -unit_tokens(unit)
 
 
 @dataclass(frozen=True)
@@ -1808,7 +1836,7 @@ class Batch:
     positions: Tensor  # (R, T) int64
     ends: Tensor  # (R, T) int64
     last: Tensor  # (2, S) int64, row and column of each sequence's last token
-    numbers: Tensor  # (S,) int64, the caller's number of each sequence
+    owners: np.ndarray  # (S,) int32, whose each sequence is; known to the host, not the device
     n_tokens: int  # without padding
 
 
@@ -1819,7 +1847,7 @@ def collate(rows: Sequence[Sequence[Trie]], device: torch.device) -> Batch:
     ids = np.zeros((n_rows, n_columns), np.int64)
     positions = np.zeros((n_rows, n_columns), np.int64)
     ends = np.tile(np.arange(1, n_columns + 1), (n_rows, 1))  # padding sees only itself
-    last, numbers = [np.empty((2, 0), np.int64)], [np.empty(0, np.int64)]
+    last, owners = [np.empty((2, 0), np.int64)], [np.empty(0, np.int32)]
     for r, row in enumerate(rows):
         start = 0
         for trie in row:
@@ -1828,20 +1856,25 @@ def collate(rows: Sequence[Sequence[Trie]], device: torch.device) -> Batch:
             positions[r, start:end] = trie.positions
             ends[r, start:end] = trie.ends + start
             last.append(np.stack([np.full(len(trie.last), r), trie.last + start]))
-            numbers.append(trie.numbers)
+            owners.append(trie.owners)
             start = end
 
-    def to_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
     return Batch(
-        ids=to_device(ids),
-        positions=to_device(positions),
-        ends=to_device(ends),
-        last=to_device(np.concatenate(last, axis=1)),
-        numbers=to_device(np.concatenate(numbers)),
+        ids=to_device(ids, device),
+        positions=to_device(positions, device),
+        ends=to_device(ends, device),
+        last=to_device(np.concatenate(last, axis=1), device),
+        owners=np.concatenate(owners),
         n_tokens=sum(lengths),
     )
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copies an array to the device without waiting for what the device is doing."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from other memory would wait
+    return tensor.to(device, non_blocking=True)
 
 
 LOWEST = -3.3895313892515355e38  # the lowest number of bf16, which fp32 has as well
@@ -1926,10 +1959,41 @@ def _cpu_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where there are units for it; a CPU without them is 100 times slower in bf16."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
+DTYPES = ("auto", "float32", "bfloat16")
+BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")  # names of torch.cpu.get_capabilities; Arm's last
+NARROW = 256  # of a smaller hidden size, products are no longer most of the work
+
+
+def choose_dtype(wanted: str, device: torch.device, hidden_size: int) -> torch.dtype:
+    """The dtype to compute in: the wanted one, or for "auto" bf16 where there are units for it.
+
+    What the device is decides, never a timing, so that one command gives one result. A CPU without
+    such units is 100 times slower in bf16, and one with them no faster for a narrow model, which
+    stays in fp32. All ranks compute in the same. A collective call.
+    """
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cuda":
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        has_units = any(capabilities.get(name) for name in BF16_UNITS)
+        is_fast = has_units and hidden_size >= NARROW
+    all_fast = torch.tensor(is_fast, dtype=torch.int32)
+    dist.all_reduce(all_fast, op=dist.ReduceOp.MIN)
+    dtype = torch.bfloat16 if all_fast else torch.float32
+    say(f"computing in {name_of(dtype)}")
+    return dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def charge_tokens(model: PreTrainedModel) -> int:
+    """The tokens that one more micro-batch of the model costs where it is."""
+    device = next(model.parameters()).device.type
+    return MICRO_BATCHES[device, name_of(model.compute_dtype)].charge_tokens
 
 
 def on_rank_zero(function: Callable[[], Any]) -> Any:
@@ -2093,6 +2157,7 @@ def build_model(
     with torch.device("meta" if empty else "cpu"):
         model = make_model(config)
     trunk, head = trunk_and_head(model)
+    model.compute_dtype = compute_dtype
     policy = fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     blocks = find_blocks(trunk)
     for block in blocks:
@@ -2460,7 +2525,7 @@ def _difference(
         largest += math.inf
     else:
         columns = torch.arange(batch.ids.shape[1], device=device)
-        for row, last, number in zip(*batch.last.tolist(), batch.numbers.tolist()):
+        for row, last, number in zip(*batch.last.tolist(), batch.owners.tolist()):
             path = (columns <= last) & (last < batch.ends[row])  # the tokens of the sequence
             expected = alone[number].float()
             difference = (together[row, path] - expected).norm(dim=1) / expected.norm(dim=1)
@@ -2537,13 +2602,16 @@ def pairwise_loss(
 
 
 def load_reward_model(
-    folder: str, use_critiques: bool | None = None, max_length_tokens: int | None = None
+    folder: str,
+    use_critiques: bool | None = None,
+    max_length_tokens: int | None = None,
+    dtype: str = "auto",
 ) -> tuple[PreTrainedModel, Encoder]:
     """Loads a reward model to score with: one of train.py's folders, or any like it.
 
     What the arguments leave open comes from the folder; a model of others is read with critiques,
     up to its longest input or 4,096 tokens, where its own class reads: at the last token its
-    template writes, or before it, if that is the one it takes for padding.
+    template writes, or before it, if that is the one it takes for padding. `dtype` is one of DTYPES.
     """
     device, mesh = start_processes()
     folder = find_model(folder)
@@ -2564,7 +2632,7 @@ def load_reward_model(
     check_fits(config, encoder)
     if not ours:
         say_where_read(folder, encoder)
-    model = build_model(config, compute_dtype(device), mesh)
+    model = build_model(config, choose_dtype(dtype, device, config.hidden_size), mesh)
     read_weights(model, folder, device)
     return model.eval(), encoder
 
@@ -2678,15 +2746,19 @@ def score_groups(
     for group in groups:
         new = {s.tobytes(): s for s in group if s.tobytes() not in number}
         for part in _split_group(sorted(new.values(), key=lambda s: s.tolist()), row_tokens):
-            numbers = range(len(number), len(number) + len(part))
-            number.update(zip((s.tobytes() for s in part), numbers))
-            units += [[trie] for trie in build_tries(part, numbers, share)]
+            owners = range(len(number), len(number) + len(part))
+            number.update(zip((s.tobytes() for s in part), owners))
+            units += [[trie] for trie in build_tries(part, owners, share)]
     device = next(model.parameters()).device
-    rewards = torch.zeros(len(number), dtype=torch.float64, device=device)
-    for rows in pack(units, budget_tokens, share, dist.get_rank(), dist.get_world_size()):
+    ranks = (dist.get_rank(), dist.get_world_size())
+    owners, parts = [np.empty(0, np.int32)], [torch.empty(0, device=device)]
+    for rows in pack(units, budget_tokens, charge_tokens(model), share, *ranks):
         batch = collate(rows, device)
-        rewards[batch.numbers] = compute_rewards(model, batch, share).double()
+        owners.append(batch.owners)
+        parts.append(compute_rewards(model, batch, share))
     reshard(model)
+    rewards = torch.zeros(len(number), dtype=torch.float64, device=device)
+    rewards[torch.from_numpy(np.concatenate(owners)).to(device)] = torch.cat(parts).double()
     dist.all_reduce(rewards)
     values = rewards.tolist()
     return [[values[number[s.tobytes()]] for s in group] for group in groups]

@@ -100,6 +100,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--critiques", metavar="FILE", help="take them from there, by pair or by response")
     add("--skip-bad", action="store_true", help="leave out bad records, count them")
     add("--max-length-tokens", type=positive_int, help="of a sequence; None: the model's")
+    add(
+        "--dtype", choices=rm.DTYPES, default="auto", help="to compute in; auto: bf16 if it is fast"
+    )
     add("--micro-batch-tokens", type=positive_int, default=4096, help="computed at once on a rank")
     add = parser.add_argument_group("table").add_argument
     add("--probe", choices=PROBES, action="append", default=[], help="another row; repeatable")
@@ -1186,6 +1189,7 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
         "data": args.data,
         "data_digest": rm.digest(*map(rm.digest_pair, pairs)),
         "critiques": encoder.use_critiques,
+        "dtype": rm.name_of(model.compute_dtype),
         "seed": args.seed,
     }
     probed = {}
@@ -1296,7 +1300,7 @@ def score_single(args: argparse.Namespace) -> int:
 def load(args: argparse.Namespace):
     """The model of RUN and its encoder, as the arguments say."""
     return rm.load_reward_model(
-        args.run, False if args.no_critiques else None, args.max_length_tokens
+        args.run, False if args.no_critiques else None, args.max_length_tokens, args.dtype
     )
 
 

@@ -53,6 +53,7 @@ DATA = Path(__file__).parent / "data"
 MAY_CHANGE_ON_RESUME = (
     *("out", "resume", "overwrite", "micro_batch_tokens", "activation_checkpointing"),
     *("save_every_steps", "eval_every_steps", "shard_group", "plan", "nproc", "device_gb"),
+    "dtype",  # what "auto" came to must be the same
 )
 SAVE_EVERY_SECONDS = 600  # whatever --save-every-steps says
 FILE_BYTES = 2**26  # in a file of a checkpoint, of each rank
@@ -85,6 +86,9 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
     add("--average-critiques", action="store_true", help="mean reward, not one drawn an epoch")
     add("--seed", type=natural, default=0, help="of data order, head and tiny model")
+    add(
+        "--dtype", choices=rm.DTYPES, default="auto", help="to compute in; auto: bf16 if it is fast"
+    )
     add("--micro-batch-tokens", type=positive_int, default=2048, help="computed at once on a rank")
     add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
     add("--shard-group", type=positive_int, help="processes that share a replica; None: all")
@@ -199,12 +203,15 @@ def check_disk(folder: Path, n_parameters: int) -> None:
         )
 
 
-def describe(args: Namespace, data: dict[str, list[Pair]], encoder: Encoder) -> dict:
+def describe(
+    args: Namespace, data: dict[str, list[Pair]], model: PreTrainedModel, encoder: Encoder
+) -> dict:
     """What must be the same for a run to be the same run, and with what it ran."""
     return {
         "arguments": vars(args),
         "data": digest_data(data),
         "template": rm.digest(encoder.tokenizer.chat_template, rm.SEPARATOR),
+        "dtype": rm.name_of(model.compute_dtype),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
@@ -220,7 +227,7 @@ def check_same_run(old: dict, new: dict) -> None:
     """Refuses to resume a run that was started with something else."""
 
     def settings(run: dict) -> dict[str, object]:
-        named = {"template": run["template"]}
+        named = {"template": run["template"], "--dtype": run.get("dtype")}
         for name, value in run["arguments"].items():
             if name not in MAY_CHANGE_ON_RESUME:
                 named[f"arguments {name!r}"] = value
@@ -318,7 +325,8 @@ def prepare_model(
         config.critique_rm["keep_tail"] = True
         rm.say_where_read(args.model, encoder)
     torch.manual_seed(args.seed)  # a tiny model is small enough for every rank to draw the whole
-    model = rm.build_model(config, rm.compute_dtype(device), mesh, empty=not is_tiny)
+    dtype = rm.choose_dtype(args.dtype, device, config.hidden_size)
+    model = rm.build_model(config, dtype, mesh, empty=not is_tiny)
     if is_tiny:
         rm.init_head(model, args.seed)
     else:
@@ -449,27 +457,33 @@ def train_step(
     units = []
     for n, encoded in enumerate(pairs):
         chosen, rejected = choose_sequences(encoded, epoch, args)
-        numbers = [2 * n] * len(chosen) + [2 * n + 1] * len(rejected)
-        units.append(rm.build_tries([*chosen, *rejected], numbers, share))
-    margins = torch.tensor([e.pair.margin for e in pairs], dtype=torch.float32, device=device)
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+        owners = [2 * n] * len(chosen) + [2 * n + 1] * len(rejected)  # the sides of pair n
+        units.append(rm.build_tries([*chosen, *rejected], owners, share))
+    margins = np.array([encoded.pair.margin for encoded in pairs], np.float32)
     ranks = dist.get_rank(), dist.get_world_size()
-    batches = rm.pack(units, args.micro_batch_tokens, share, *ranks)
+    charge = rm.charge_tokens(model)
+    batches = rm.pack(units, args.micro_batch_tokens, charge, share, *ranks)
     has_replica = model.score.weight.device_mesh.shape[-1] == 1
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct pairs, margin
+    n_tokens, n_computed = 0, 0
+    # From here to the gradient norm nothing asks the device for a value: it is never waited for.
     for n, rows in enumerate(batches, 1):
         rm.keep_gathered(model, has_replica and n < len(batches))
         batch = rm.collate(rows, device)
-        sides, place, n_each = batch.numbers.unique(return_inverse=True, return_counts=True)
-        sums_by_side = torch.zeros(len(sides), device=device)
-        sums_by_side = sums_by_side.index_add(0, place, rm.compute_rewards(model, batch, share))
-        chosen, rejected = (sums_by_side / n_each).view(-1, 2).unbind(1)  # (B,) each
-        loss = rm.pairwise_loss(chosen, rejected, margins[sides[::2] // 2], args.centering)
+        rewards = rm.compute_rewards(model, batch, share)
+        chosen, rejected, pair_ids = mean_per_side(rewards, batch.owners)
+        targets = rm.to_device(margins[pair_ids], device)
+        loss = rm.pairwise_loss(chosen, rejected, targets, args.centering)
         # FSDP averages gradients over ranks; the loss is a mean over the pairs of all of them
         (loss * dist.get_world_size() / len(pairs)).backward()
         with torch.no_grad():
-            correct, margin = (chosen > rejected).sum(), (chosen - rejected).sum()
-            sizes = torch.tensor([batch.n_tokens, batch.ids.numel()], device=device)
-            sums += torch.cat([torch.stack([loss, correct, margin]).double(), sizes.double()])
+            n_correct = (chosen > rejected).sum()
+            margin = (chosen - rejected).sum()
+            sums += torch.stack([loss, n_correct, margin])
+        n_tokens += batch.n_tokens
+        n_computed += batch.ids.numel()
+    counts = torch.tensor([n_tokens, n_computed], dtype=torch.float64, device=device)
+    sums = torch.cat([sums, counts])
     dist.all_reduce(sums)
     loss, correct, margin, n_tokens, n_computed = sums.tolist()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
@@ -490,6 +504,21 @@ def train_step(
         "n_tokens": int(n_tokens),
         "padding_share": 1 - n_tokens / n_computed,
     }
+
+
+def mean_per_side(rewards: Tensor, owners: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
+    """The mean rewards (B,) of chosen and of rejected, and the indices (B,) of their pairs.
+
+    Sequence s, with rewards[s], is of side owners[s]: 2n is the chosen side of pair n, 2n + 1 the
+    rejected one. Both sides of a pair are here, as `pack` keeps a unit together; so the sorted
+    sides alternate between chosen and rejected.
+    """
+    sides, index, n_each = np.unique(owners, return_inverse=True, return_counts=True)
+    index = rm.to_device(index, rewards.device)
+    n_each = rm.to_device(n_each, rewards.device)
+    sums = torch.zeros(len(sides), device=rewards.device).index_add(0, index, rewards)
+    chosen, rejected = (sums / n_each).view(-1, 2).unbind(1)
+    return chosen, rejected, sides[::2] // 2
 
 
 def train(
@@ -602,10 +631,14 @@ def finish(
 
 
 def check_saved(
-    folder: Path, sample: list[EncodedPair], before: list[PairScore], args: Namespace
+    folder: Path,
+    sample: list[EncodedPair],
+    before: list[PairScore],
+    dtype: str,
+    args: Namespace,
 ) -> None:
     """Loads what was saved and scores a few pairs again: a lost head must be noticed here."""
-    model, _ = rm.load_reward_model(str(folder))
+    model, _ = rm.load_reward_model(str(folder), dtype=dtype)
     after = rm.score_pairs(model, sample, args.micro_batch_tokens)
     for old, new in zip(before, after):
         if abs(old.chosen_reward - new.chosen_reward) > 1e-4 * (1 + abs(old.chosen_reward)):
@@ -691,7 +724,9 @@ def plan(args: Namespace) -> dict[str, float | bool]:
     config = tiny_config(args) if args.model == "tiny" else rm.load_config(args.model)
     if os.path.isdir(args.model):  # what could not be trained is not planned either
         rm.read_headers(rm.find_weights(args.model))
-    config.dtype = torch.bfloat16 if args.device_gb else rm.compute_dtype(device)
+    of_gpu = args.device_gb and args.dtype == "auto"
+    wanted = "bfloat16" if of_gpu else args.dtype
+    config.dtype = rm.choose_dtype(wanted, device, config.hidden_size)
     tokens, n_bytes = args.micro_batch_tokens, config.dtype.itemsize
     problem = f"{args.model}: no model can be computed from its config.json"
     with rm.explain(problem, Exception), FakeTensorMode(), torch.device("cpu"):
@@ -784,7 +819,7 @@ def run(args: Namespace) -> dict:
         if not args.resume and not args.overwrite and dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # new: the corrected command may use the name
         raise
-    description = describe(args, pairs, encoder)
+    description = describe(args, pairs, model, encoder)
     same = [description["data"], description["template"]]
     if same != rm.on_rank_zero(lambda: same):
         raise CritiqueRMError(f"{platform.node()} reads other data or another model than rank 0")
@@ -799,7 +834,7 @@ def run(args: Namespace) -> dict:
     sample = training[:8]
     before = rm.score_pairs(model, sample, args.micro_batch_tokens)
     del model
-    check_saved(folder, sample, before, args)
+    check_saved(folder, sample, before, description["dtype"], args)
     description |= {"training_pairs": len(chosen), "results": results}
     description |= {"summary": (summary := summarize(folder, results))}
 

@@ -255,7 +255,7 @@ def rewards_together(
         n += len(group)
     rows = [tries[:2], *([trie] for trie in tries[2:])] if share else [[trie] for trie in tries]
     batch = rm.collate(rows, CPU)
-    return rm.compute_rewards(model, batch, share)[batch.numbers.argsort()].numpy(), share
+    return rm.compute_rewards(model, batch, share)[batch.owners.argsort()].numpy(), share
 
 
 if __name__ == "__main__":

@@ -558,7 +558,7 @@ def test_a_small_trie_by_hand():
     assert trie.ids.tolist() == [5, 6, 7, 8, 9]
     assert trie.positions.tolist() == [0, 1, 2, 3, 2]
     assert trie.ends.tolist() == [5, 5, 4, 4, 5]
-    assert trie.last.tolist() == [3, 4, 2, 4] and trie.numbers.tolist() == [10, 20, 30, 40]
+    assert trie.last.tolist() == [3, 4, 2, 4] and trie.owners.tolist() == [10, 20, 30, 40]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -583,7 +583,7 @@ def chain(length: int, number: int = 0) -> rm.Trie:
     [(True, [[[5], [3, 2]], [[2], [2]]]), (False, [[[5]], [[3]], [[2], [2], [2]]])],
 )
 def test_packing_a_few_tries_by_hand(share, expected):
-    packed = rm.pack([[chain(n)] for n in (2, 5, 3, 2, 2)], 10, share)
+    packed = rm.pack([[chain(n)] for n in (2, 5, 3, 2, 2)], 10, 1, share)
     assert [[[len(trie) for trie in row] for row in rows] for rows in packed] == expected
 
 
@@ -604,12 +604,11 @@ def test_on_a_gpu_attention_does_not_compile_for_each_shape(mesh, monkeypatch):
         rm.start_processes()
 
 
-@pytest.mark.parametrize("on_gpu, n_rows", [(False, [1, 10]), (True, [11])])
-def test_on_a_gpu_padding_is_cheaper_than_another_micro_batch(on_gpu, n_rows, monkeypatch):
-    """By hand: a row of 100 and ten of 60 are (100 + 2000 / 32) / 100 = 1.63 a token for the first
-    alone and (1,100 + 62.5) / 700 = 1.66 together; with 2,048 for each, 21 and 4.5."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    packed = rm.pack([[chain(n)] for n in (100, *[60] * 10)], 2000, share=False)
+@pytest.mark.parametrize("charge_tokens, n_rows", [(62, [1, 10]), (2048, [11])])
+def test_where_micro_batches_cost_much_padding_is_cheaper(charge_tokens, n_rows):
+    """By hand: a row of 100 and ten of 60 are (100 + 62) / 100 = 1.62 a token for the first alone
+    and (1,100 + 62) / 700 = 1.66 together; with 2,048 for each, 21 and 4.5."""
+    packed = rm.pack([[chain(n)] for n in (100, *[60] * 10)], 2000, charge_tokens, share=False)
     assert [len(rows) for rows in packed] == n_rows
 
 
@@ -618,11 +617,11 @@ def test_on_a_gpu_padding_is_cheaper_than_another_micro_batch(on_gpu, n_rows, mo
 def test_every_unit_is_packed_once_within_the_budget(n_ranks, share, n_tries, most_wasted):
     rng, number = np.random.default_rng(0), itertools.count()
     units = [[chain(n, next(number)) for n in rng.integers(20, 200, n_tries)] for _ in range(200)]
-    ranks = [rm.pack(units, 2048, share, rank, n_ranks) for rank in range(n_ranks)]
+    ranks = [rm.pack(units, 2048, 64, share, rank, n_ranks) for rank in range(n_ranks)]
     batches = [[rm.collate(rows, CPU) for rows in packed] for packed in ranks]
     packed = sum(batches, [])
-    found = [set(batch.numbers.tolist()) for batch in packed]
-    wholes = [{int(trie.numbers[0]) for trie in unit} for unit in units]
+    found = [set(batch.owners.tolist()) for batch in packed]
+    wholes = [{int(trie.owners[0]) for trie in unit} for unit in units]
     assert all(sum(whole <= numbers for numbers in found) == 1 for whole in wholes)
     assert sum(map(len, found)) == next(number)
     n_tokens, largest = sum(b.n_tokens for b in packed), [
@@ -635,8 +634,35 @@ def test_every_unit_is_packed_once_within_the_budget(n_ranks, share, n_tries, mo
 
 @pytest.mark.parametrize("rank, expected", [(0, [[[5]], [[4]]]), (1, [[[4]], []]), (2, [[[4]], []])])
 def test_a_rank_with_fewer_units_gets_empty_micro_batches(rank, expected):
-    packed = rm.pack([[chain(n)] for n in (4, 4, 4, 5)], 1, True, rank, n_ranks=3)
+    packed = rm.pack([[chain(n)] for n in (4, 4, 4, 5)], 1, 0, True, rank, n_ranks=3)
     assert [[[len(trie) for trie in row] for row in rows] for rows in packed] == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# Dtype
+
+
+@pytest.mark.parametrize(
+    "wanted, capability, hidden_size, expected",
+    [
+        ("auto", "amx_bf16", 576, torch.bfloat16),
+        ("auto", "avx512_bf16", 4096, torch.bfloat16),
+        ("auto", "bf16", 576, torch.bfloat16),  # Arm
+        ("auto", "avx2", 4096, torch.float32),
+        ("auto", "amx_bf16", 128, torch.float32),  # the tiny model: the same on all machines
+        ("float32", "amx_bf16", 4096, torch.float32),
+        ("bfloat16", "avx2", 128, torch.bfloat16),
+    ],
+)
+def test_dtype_follows_what_the_cpu_can(mesh, monkeypatch, wanted, capability, hidden_size, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx": True, capability: True})
+    assert rm.choose_dtype(wanted, CPU, hidden_size) == expected
+
+
+def test_all_ranks_compute_in_the_dtype_that_the_weakest_can(mesh, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(rm.dist, "all_reduce", lambda tensor, op: tensor.zero_())  # another cannot
+    assert rm.choose_dtype("auto", CPU, 4096) == torch.float32
 
 
 # --------------------------------------------------------------------------------------------------
@@ -707,7 +733,7 @@ def rewards_together(model, groups: list[list[np.ndarray]]) -> torch.Tensor:
     units = [rm.build_tries(group, [next(number) for _ in group], share) for group in groups]
     rows = [units[0] + units[1], *units[2:]] if share else [[t] for unit in units for t in unit]
     batch = rm.collate(rows, CPU)
-    return rm.compute_rewards(model, batch, share)[batch.numbers.argsort()]
+    return rm.compute_rewards(model, batch, share)[batch.owners.argsort()]
 
 
 def rewards_alone(model, groups: list[list[np.ndarray]]) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers import LlamaForSequenceClassification, pipeline
 
@@ -289,6 +290,8 @@ def test_resume_names_what_differs():
         train.check_same_run(old, {**old, "arguments": {"lr": 0.1}})
     with pytest.raises(rm.CritiqueRMError, match="data 'a.jsonl' was '1' and is now '2'"):
         train.check_same_run(old, {**old, "data": {"a.jsonl": "2"}})
+    with pytest.raises(rm.CritiqueRMError, match="--dtype was 'bfloat16' and is now 'float32'"):
+        train.check_same_run(old | {"dtype": "bfloat16"}, old | {"dtype": "float32"})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -424,6 +427,44 @@ def test_micro_batches_do_not_change_the_step(model_and_pairs):
         assert row["n_tokens"] == rows[0]["n_tokens"]
 
 
+class Reads(TorchDispatchMode):
+    """Notes operations that wait for the device: those whose result the host needs to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        follows_data = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        by_numbers = operation is torch.ops.aten.index.Tensor and all(
+            index is None or index.dtype == torch.int64 for index in args[1]
+        )
+        if follows_data & {*operation.tags} and not by_numbers:
+            self.waiting.append(operation.name())
+        return operation(*args, **kwargs or {})
+
+
+def test_a_step_never_waits_for_the_device_before_the_gradient_norm(model_and_pairs, monkeypatch):
+    """What a GPU would be waited for, seen without one: values read, and shapes that follow them."""
+    args, model, pairs = model_and_pairs
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train.train_step(model, optimizer, pairs, 0, args)  # tries what the model can
+    reads, seen, reduce = Reads(), [], train.dist.all_reduce
+
+    def all_reduce(sums: torch.Tensor) -> None:
+        seen.append(list(reads.waiting))  # the loop over micro-batches is over
+        reduce(sums)
+
+    monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
+    with reads:
+        torch.ones(2).unique()
+        torch.ones(()).item()
+        assert len(reads.waiting) == 2  # they would be noted
+        reads.waiting.clear()
+        train.train_step(model, optimizer, pairs, 0, args)
+    assert seen == [[]] and reads.waiting  # the loss and the norm are read in the end
+
+
 def test_averaging_equal_critiques_is_the_same_step_as_one(model_and_pairs):
     args, model, pairs = model_and_pairs
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -444,6 +485,16 @@ def test_one_of_several_critiques_is_drawn_for_each_epoch():
     drawn = [[int(side[0][0]) for side in train.choose_sequences(encoded, e, args)] for e in range(40)]
     assert {chosen for chosen, _ in drawn} == {0, 1, 2, 3}
     assert drawn == [[int(s[0][0]) for s in train.choose_sequences(encoded, e, args)] for e in range(40)]
+
+
+def test_mean_rewards_of_sides_by_hand():
+    """Pair 5 has three chosen sequences and one rejected one, pair 2 one and two."""
+    rewards = torch.tensor([1.0, 7.0, 2.0, 6.0, 4.0, 0.0, 9.0])
+    owners = np.array([10, 5, 10, 4, 5, 11, 10], np.int32)
+    chosen, rejected, pair_ids = train.mean_per_side(rewards, owners)
+    assert chosen.tolist() == [6.0, 4.0]  # 6, and (1 + 2 + 9) / 3
+    assert rejected.tolist() == [5.5, 0.0]  # (7 + 4) / 2, and 0
+    assert pair_ids.tolist() == [2, 5]
 
 
 def test_eight_pairs_are_learned(model_and_pairs):
