@@ -5,7 +5,7 @@
     python evaluate.py RUN --data pairs.jsonl --probe shuffled --probe swapped --audit audit.jsonl
     python evaluate.py --compare A.scores.jsonl B.scores.jsonl
     python evaluate.py --curve RUN1 RUN2 ... [--plot curve.png]
-    python evaluate.py RUN --score answers.jsonl        # one reward a line, for best-of-n
+    python evaluate.py RUN --answers answers.jsonl      # one reward a line, for best-of-n
 
 RUN is a folder of train.py, or any Hugging Face sequence-classification model made of a decoder
 and a `score` head with one label. Pairs are read by `read_pairs` (critique_rm.py); answers are
@@ -92,8 +92,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", metavar="RUN", nargs="?", help="folder or Hub name of a model")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--data", metavar="PAIRS", help="preference pairs to test on")
-    add("--score", metavar="ANSWERS", help="single answers to score")
-    add("--compare", nargs=2, metavar="SCORES", help="two files of --scores, or of two runs")
+    add("--answers", metavar="ANSWERS", help="single answers to score")
+    add("--compare", nargs=2, metavar="SCORES", help="two files of --save-scores, or of two runs")
     add("--curve", nargs="+", metavar="RUN", help="folders of train.py")
     add = parser.add_argument_group("input").add_argument
     add("--no-critiques", action="store_true", help="leave critiques out of the input")
@@ -107,19 +107,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=natural, default=0, help="of bootstrap, sign flips and shuffling")
     add = parser.add_argument_group("files to write").add_argument
     add("--json", metavar="FILE", help="the table")
-    add("--scores", metavar="FILE", help="one line a pair")
+    add("--save-scores", metavar="FILE", help="one line a pair")
     add("--audit", metavar="FILE", help="one line a critique: how it moves the reward")
     add("--html", metavar="FILE", help="a page to look at the pairs")
     add("--plot", metavar="FILE", help="a picture of the curve (needs matplotlib)")
     args = parser.parse_args(argv)
-    with_data = ("scores", "audit", "judge", "probe", "html", "critiques")
+    with_data = ("save_scores", "audit", "judge", "probe", "html", "critiques")
     if not args.data and any(getattr(args, name) for name in with_data):
-        parser.error(f"{', '.join(f'--{name}' for name in with_data)} go with --data")
-    if args.score and args.json:
-        parser.error("--json does not go with --score")
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in with_data)
+        parser.error(f"{flags} go with --data")
+    if args.answers and args.json:
+        parser.error("--json does not go with --answers")
     if bool(args.run) == bool(args.compare or args.curve) or args.plot and not args.curve:
-        parser.error("RUN goes with --data or --score, and --plot with --curve")
-    outputs = (args.json, args.scores, args.audit, args.html, args.plot)
+        parser.error("RUN goes with --data or --answers, and --plot with --curve")
+    outputs = (args.json, args.save_scores, args.audit, args.html, args.plot)
     for path in filter(None, outputs):  # before hours of scoring
         if not Path(path).absolute().parent.is_dir():
             parser.error(f"{path}: there is no such folder")
@@ -1206,8 +1207,8 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
         return 0
     if args.audit:
         rm.replace_file(Path(args.audit), "".join(rm.to_json(row) + "\n" for row in audit))
-    if args.scores:
-        rm.write_scores(Path(args.scores), scores)
+    if args.save_scores:
+        rm.write_scores(Path(args.save_scores), scores)
     rows = tabulate(scores, pairs, args.judge, args.seed, probed)
     robustness = measure_robustness(scores)
     values = [f"{value:.4f}" for value in robustness.values()]
@@ -1256,18 +1257,20 @@ def write_json(path: str, table: dict) -> None:
 
 
 def read_scores(path: str) -> list[PairScore]:
-    """Reads what --scores and train.py write."""
+    """Reads what --save-scores and train.py write."""
     scores: dict[str, PairScore] = {}
     for where, row in rm.read_rows(path):
         try:
             score = PairScore(**row)
         except TypeError:
-            raise CritiqueRMError(f"{where}: not a line of --scores") from None
+            raise CritiqueRMError(f"{where}: not a line of --save-scores") from None
         rewards = (score.chosen_reward, score.rejected_reward)
         is_finite = all(type(r) in (int, float) and math.isfinite(r) for r in rewards)
         texts = (score.id, score.prompt_id, score.subset)
         if not is_finite or not all(isinstance(text, str) for text in texts):
-            raise CritiqueRMError(f"{where}: not a line of --scores, or a reward is not finite")
+            raise CritiqueRMError(
+                f"{where}: not a line of --save-scores, or a reward is not finite"
+            )
         if score.id in scores:
             raise CritiqueRMError(f"{where}: id {score.id!r} comes twice; keep one of the lines")
         scores[score.id] = score
@@ -1277,19 +1280,19 @@ def read_scores(path: str) -> list[PairScore]:
 
 
 def score_single(args: argparse.Namespace) -> int:
-    """Prints a reward for each answer of --score; null for one that cannot be scored."""
-    answers = rm.read_answers(args.score, args.skip_bad)
+    """Prints a reward for each answer of --answers; null for one that cannot be scored."""
+    answers = rm.read_answers(args.answers, args.skip_bad)
     model, encoder = load(args)
     rewards = rm.score_answers(model, encoder, answers, args.micro_batch_tokens, args.skip_bad)
     n_missing = rewards.count(None)
     if counted := encoder.describe_counts():
-        say(f"{args.score}: of {len(answers)} answers {counted}")
+        say(f"{args.answers}: of {len(answers)} answers {counted}")
     if dist.get_rank() == 0:
         for answer, reward in zip(answers, rewards):
             print(rm.to_json({"id": answer.id or answer.where, "reward": reward}))
     if n_missing:
         hint = f" ({rm.CRITIQUES_MISSING})" if encoder.counts["without critique"] else ""
-        say(f"{args.score}: {n_missing} of {len(answers)} answers have no reward{hint}")
+        say(f"{args.answers}: {n_missing} of {len(answers)} answers have no reward{hint}")
     return 1 if n_missing else 0
 
 

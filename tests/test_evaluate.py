@@ -160,7 +160,7 @@ def test_whatever_a_subset_is_called_a_row_is_a_line_of_equal_columns(name):
 def test_scores_that_are_no_numbers_are_refused(tmp_path, value):
     good = json.dumps(asdict(score(0, 1.0)))
     (path := tmp_path / "s.jsonl").write_text(f"{good}\n{good.replace('1.0', value, 1)}\n")
-    with pytest.raises(CritiqueRMError, match="s.jsonl:2: not a line of --scores"):
+    with pytest.raises(CritiqueRMError, match="s.jsonl:2: not a line of --save-scores"):
         evaluate.read_scores(str(path))
     path.write_text(f"{good}\n{good}\n")
     with pytest.raises(CritiqueRMError, match="s.jsonl:2: id '0' comes twice"):
@@ -413,7 +413,7 @@ def test_probes_of_a_run_stand_beside_its_accuracy(finished, test_file, mesh, ca
     probes = ["swapped", "response-only"]
     options = [word for probe in probes for word in ("--probe", probe)]
     scores = tmp_path / "a.jsonl"
-    options += ["--data", str(test_file), "--scores", str(scores)]
+    options += ["--data", str(test_file), "--save-scores", str(scores)]
     assert evaluate.evaluate_pairs(evaluate.parse_arguments([str(folder), *options])) == 0
     table = capsys.readouterr().out
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
@@ -456,7 +456,7 @@ def test_equal_critiques_are_ties_of_a_probe_without_responses(
 def test_evaluating_a_run_repeats_its_test(finished, test_file, tmp_path):
     folder, out, _ = finished
     table, scores = tmp_path / "table.json", tmp_path / "scores.jsonl"
-    options = ["--data", test_file, "--json", table, "--scores", scores]
+    options = ["--data", test_file, "--json", table, "--save-scores", scores]
     code, markdown, err = run_script("evaluate.py", folder, *options, processes=2)
     assert code == 0, err
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
@@ -478,7 +478,7 @@ def test_single_answers_get_the_reward_they_have_in_a_pair(finished, tmp_path, m
         {"id": "b", "prompt": pair["prompt"], "response": pair["chosen"]},
     ]
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = evaluate.score_single(evaluate.parse_arguments([str(folder), "--score", str(answers)]))
+    code = evaluate.score_single(evaluate.parse_arguments([str(folder), "--answers", str(answers)]))
     captured = capsys.readouterr()
     first, second = map(json.loads, captured.out.splitlines())
     expected = json.loads((folder / "scores-test.jsonl").read_text().splitlines()[0])
@@ -486,7 +486,7 @@ def test_single_answers_get_the_reward_they_have_in_a_pair(finished, tmp_path, m
     assert (second, code) == ({"id": "b", "reward": None}, 1)
     assert "1 of 2 answers have no reward" in captured.err
     answers.write_text("not JSON\n" + json.dumps(rows[0]))
-    options = [str(folder), "--score", str(answers), "--skip-bad"]
+    options = [str(folder), "--answers", str(answers), "--skip-bad"]
     assert evaluate.score_single(evaluate.parse_arguments(options)) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == first and "1 bad records skipped" in captured.err
@@ -506,3 +506,18 @@ def test_a_folder_without_a_head_is_refused_in_one_line(finished, tmp_path, monk
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith(f"evaluate.py: {tmp_path}: 1 weights are not in")
     assert "it has no reward head" in err
+
+
+@pytest.mark.parametrize("flag", ["--score", "--scores"])
+def test_flags_that_were_renamed_have_one_spelling(flag, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.parse_arguments(["RUN", "--data", "a.jsonl", flag, "b.jsonl"])
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {flag} b.jsonl" in capsys.readouterr().err
+
+
+def test_what_needs_pairs_is_refused_with_single_answers(capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.parse_arguments(["RUN", "--answers", "a.jsonl", "--save-scores", "b.jsonl"])
+    assert ended.value.code == 2
+    assert "--save-scores, --audit, --judge, --probe, --html, --critiques go with --data" in capsys.readouterr().err
