@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 
 import evaluate
+import generate
 from conftest import run_script
 from critique_rm import CritiqueRMError, Message, Pair, PairScore, read_pairs
+from test_generate import Server, completion
 
 ROOT = Path(__file__).parent.parent
 
@@ -490,6 +493,43 @@ def test_single_answers_get_the_reward_they_have_in_a_pair(finished, tmp_path, m
     assert evaluate.score_single(evaluate.parse_arguments(options)) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == first and "1 bad records skipped" in captured.err
+
+
+def test_two_commands_lead_from_raw_answers_to_rewards(
+    finished, tmp_path, mesh, capsys, monkeypatch
+):
+    """The reward of an answer with two critiques is the mean of its rewards with each of them."""
+    folder, _, _ = finished
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n % 2} + 2?", "response": str(n)} for n in range(4)]
+    raw = "".join(json.dumps(row) + "\n" for row in rows)
+    Path("answers.jsonl").write_text(raw)
+    server = Server(lambda request, number: completion(f"Critique number {number}: it is wrong."))
+    options = ["--base-url", server.url, "--model", "m", "--n-critiques", "2", "--workers", "1"]
+    assert generate.main(["answers.jsonl", "--output", "with.jsonl", *options]) == 0
+    server.stop()
+    capsys.readouterr()
+    arguments = evaluate.parse_arguments([str(folder), "--answers", "with.jsonl"])
+    assert evaluate.score_single(arguments) == 0
+    rewards = capsys.readouterr().out
+    found = [json.loads(line)["reward"] for line in rewards.splitlines()]
+    criticised = [json.loads(line) for line in Path("with.jsonl").read_text().splitlines()]
+    alone = []
+    for row in criticised:
+        alone += [json.dumps(row | {"critique": critique}) for critique in row["critique"]]
+    Path("alone.jsonl").write_text("\n".join(alone))
+    arguments = evaluate.parse_arguments([str(folder), "--answers", "alone.jsonl"])
+    assert evaluate.score_single(arguments) == 0
+    each = [json.loads(line)["reward"] for line in capsys.readouterr().out.splitlines()]
+    assert len(set(each)) == 8
+    assert found == pytest.approx(np.reshape(each, (4, 2)).mean(axis=1), abs=1e-5)
+    best = [max((0, 2), key=found.__getitem__), max((1, 3), key=found.__getitem__)]
+    Path("rewards.jsonl").write_text(rewards)
+    (command,) = re.findall(r"^jq .*max_by.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    if shutil.which("jq"):
+        lines = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, check=True)
+        picked = [json.loads(line)["response"] for line in lines.stdout.splitlines()]
+        assert picked == [rows[n]["response"] for n in best]
 
 
 def test_a_folder_without_a_head_is_refused_in_one_line(finished, tmp_path, monkeypatch, capsys):
