@@ -571,6 +571,7 @@ def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[
 
 REWARDBENCH2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 RM_BENCH_DOMAINS = ("chat", "math", "code", "safety")
+RM_BENCH_STYLES = ("concise", "detailed", "markdown")
 Figures = dict[str, np.ndarray]  # by name: the value, and those of N_RESAMPLES resamples
 
 
@@ -706,7 +707,7 @@ def measure_rm_bench(groups: list[Group], seed: int) -> Figures:
     normal: on it, easy: below it. By domain, where the rows name them; safety is the mean of its
     two halves, overall of the four domains.
     """
-    groups = [g for g in groups if g.wins.shape == (3, 3) and g.subset != "Ties"]
+    groups = select_rm_bench(groups)
     if not groups:
         return {}
     fancier = np.subtract.outer(range(3), range(3)) * -1  # style of rejected less that of chosen
@@ -733,6 +734,22 @@ def measure_rm_bench(groups: list[Group], seed: int) -> Figures:
     if by_domain.keys() >= {*RM_BENCH_DOMAINS}:
         figures["overall"] = np.mean([figures[domain] for domain in RM_BENCH_DOMAINS], axis=0)
     return figures
+
+
+def select_rm_bench(groups: list[Group]) -> list[Group]:
+    return [g for g in groups if g.wins.shape == (3, 3) and g.subset != "Ties"]
+
+
+def measure_styles(scores: Sequence[PairScore], pairs: Sequence[Pair]) -> list[list[float]]:
+    """RM-Bench's matrix: how often the reward model prefers chosen of style i to rejected of j.
+
+    Chosen down, rejected across, plainest first; `pairs` are all that there are. Empty without rows
+    of RM-Bench.
+    """
+    opinions = opinions_by("reward", "reward model", scores)
+    n_by_group = Counter(pair.group for pair in pairs if pair.group)
+    groups = select_rm_bench(collect_groups(opinions, n_by_group))
+    return np.mean([group.wins for group in groups], axis=0).tolist() if groups else []
 
 
 def measure_judgebench(opinions: "Opinions", seed: int) -> Figures:
@@ -943,14 +960,16 @@ def critique_rows(scores: list[PairScore], seed: int) -> list[Row]:
     return [figure_row("reward model", name, len(scores), f) for name, f in figures.items()]
 
 
-def benchmarks_as_dict(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """The reward model's figures of benchmarks, for --json."""
+def benchmarks_as_dict(rows: Sequence[Row], styles: list[list[float]]) -> dict[str, dict]:
+    """The reward model's figures of benchmarks, and RM-Bench's matrix, for --json."""
     found: dict[str, dict] = {}
     for row in rows:
         benchmark, colon, name = row.subset.partition(": ")
         if row.scorer == "reward model" and colon and row.pairs is None:
             figure = {"value": row.accuracy, "low": row.low, "high": row.high}
             found.setdefault(benchmark, {})[name] = figure
+    if styles:
+        found["RM-Bench"]["matrix"] = styles
     return found
 
 
@@ -1012,8 +1031,16 @@ def note_of(row: Row) -> list[str]:
     return [f"- {row.scorer}: {', '.join(known)}"] if known else []
 
 
+def show_styles(styles: list[list[float]]) -> str:
+    """RM-Bench's matrix as a table."""
+    columns = {"RM-Bench: chosen is": list(RM_BENCH_STYLES)}
+    for style, accuracies in zip(RM_BENCH_STYLES, zip(*styles)):
+        columns[f"rejected is {style}"] = [f"{accuracy:.3f}" for accuracy in accuracies]
+    return layout(columns)
+
+
 def show_audit(audit: list[dict]) -> str:
-    """How many critiques move the reward towards the label, by subset; those that mislead most."""
+    """How many critiques move the reward towards the label, by subset."""
     counts = summarize_audit(audit)
     columns = {
         "critiques": [subset or "(all)" for subset in counts],
@@ -1023,9 +1050,17 @@ def show_audit(audit: list[dict]) -> str:
     for n, n_right in counts.values():
         columns["n"].append(str(n))
         columns["towards the label"].append(f"{n_right / n:.3f}")
-    lines = [layout(columns), "", "Critiques that mislead most (shift of the reward):"]
+    return layout(columns)
+
+
+def find_most_misleading(audit: list[dict]) -> list[dict]:
     misleading = [row for row in audit if row["misleads"]]
-    for row in sorted(misleading, key=lambda row: -abs(row["shift"]))[:N_MISLEADING]:
+    return sorted(misleading, key=lambda row: -abs(row["shift"]))[:N_MISLEADING]
+
+
+def show_most_misleading(audit: list[dict]) -> str:
+    lines = ["Critiques that mislead most (shift of the reward):"]
+    for row in find_most_misleading(audit):
         text = to_cell(row["critique"])
         text = text if len(text) <= 160 else text[:157] + "..."
         lines.append(f"- {row['id']}, {row['side']}, {row['shift']:+.2f}: {text}")
@@ -1085,6 +1120,8 @@ article {{ border: 1px solid #ccc; border-radius: 6px; margin: 1rem 0; padding: 
 article.wrong {{ border-left: 6px solid #c33 }}
 .two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; margin-top: 1rem }}
 .critique {{ color: #555; border-left: 3px solid #ccc; padding-left: .7rem; margin-top: .7rem }}
+.misleads {{ border-color: #c33 }}
+.shift {{ color: #c33; margin: 0 }}
 h3 {{ font-size: 1em; margin: 0 0 .4rem }}
 </style>
 <h1>Rewards</h1>
@@ -1100,7 +1137,7 @@ h3 {{ font-size: 1em; margin: 0 0 .4rem }}
 <main></main>
 <script type="application/json" id="data">{data}</script>
 <script>
-const {{tables, picture, pairs}} = JSON.parse(document.getElementById("data").textContent);
+const {{tables, picture, misleading, pairs}} = JSON.parse(document.getElementById("data").textContent);
 const get = id => document.getElementById(id);
 function add(parent, tag, text, name) {{
   const element = parent.appendChild(document.createElement(tag));
@@ -1118,6 +1155,23 @@ for (const text of tables) {{
   }}
 }}
 if (picture) add(get("tables"), "img", "").src = picture;
+function addCritique(parent, critique, shift) {{  // the shift of one that misleads
+  add(parent, "pre", critique, shift ? "critique misleads" : "critique");
+  const sign = shift > 0 ? "+" : "";
+  if (shift) add(parent, "p", `misleads: moves the reward by ${{sign}}${{shift.toFixed(3)}}`, "shift");
+}}
+if (misleading) {{
+  const details = add(get("tables"), "details", "");
+  add(details, "summary", `Critiques that mislead most: ${{misleading.length}}`);
+  for (const m of misleading) {{
+    const article = add(details, "article", "");
+    add(article, "h3", `${{m.id}} ${{m.subset}}: ${{m.side}}`);
+    add(article, "pre", m.prompt);
+    add(article, "h3", "response");
+    add(article, "pre", m.response);
+    addCritique(article, m.critique, m.shift);
+  }}
+}}
 for (const subset of [...new Set(pairs.map(p => p.subset))].sort())
   if (subset) add(get("subset"), "option", subset);
 function show() {{
@@ -1139,7 +1193,8 @@ function show() {{
       const column = add(two, "div", "");
       add(column, "h3", `${{name}}, reward ${{p[name].reward.toFixed(3)}}`);
       add(column, "pre", p[name].response);
-      for (const critique of p[name].critiques) add(column, "pre", critique, "critique");
+      const shifts = p[name].misleads || [];  // without --audit there are none
+      p[name].critiques.forEach((critique, n) => addCritique(column, critique, shifts[n]));
     }}
   }}
 }}
@@ -1150,9 +1205,16 @@ show();
 
 
 def to_html(
-    tables: list[str], pairs: list[Pair], scores: list[PairScore], picture: str = ""
+    tables: list[str],
+    pairs: list[Pair],
+    scores: list[PairScore],
+    picture: str = "",
+    audit: list[dict] | None = None,
 ) -> str:
-    """One file that needs nothing else; the data stands in it as JSON that cannot end a script."""
+    """One file that needs nothing else; the data stands in it as JSON that cannot end a script.
+
+    With the rows of an audit it marks the critiques that mislead, and shows the worst of them.
+    """
     rows = []
     for pair, score in zip(pairs, scores):
         prompt = "\n\n".join(f"{message.role}: {message.text}" for message in pair.prompt)
@@ -1164,8 +1226,31 @@ def to_html(
                 "critiques": answer.critiques,
             }
         rows.append(row)
-    data = json.dumps({"tables": tables, "picture": picture, "pairs": rows})
-    return PAGE.format(data=data.replace("<", "\\u003c"))
+    data = {"tables": tables, "picture": picture, "pairs": rows}
+    if audit is not None:
+        mark_misleading(rows, pairs, audit)
+        prompts = {row["id"]: row["prompt"] for row in rows}
+        most = find_most_misleading(audit)
+        data["misleading"] = [row | {"prompt": prompts[row["id"]]} for row in most]
+    return PAGE.format(data=json.dumps(data).replace("<", "\\u003c"))
+
+
+def mark_misleading(rows: list[dict], pairs: list[Pair], audit: list[dict]) -> None:
+    """Adds to each side of the page's rows the shifts of its critiques: null if not misleading.
+
+    By text and not by id: the audit has a critique once where its response stands in several pairs.
+    """
+    shifts = {}
+    for found in audit:
+        if found["misleads"]:
+            key = rm.digest(found["prompt"], found["side"], found["response"], found["critique"])
+            shifts[key] = found["shift"]
+    for row, pair in zip(rows, pairs):
+        prompt = [message.to_dict() for message in pair.prompt]
+        for side in rm.SIDES:
+            response, critiques = row[side]["response"], row[side]["critiques"]
+            keys = [rm.digest(prompt, side, response, critique) for critique in critiques]
+            row[side]["misleads"] = [shifts.get(key) for key in keys]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1189,45 +1274,68 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
         "critiques": encoder.use_critiques,
         "seed": args.seed,
     }
-    probed = {}
-    for probe in dict.fromkeys(args.probe):
-        encoder.use_critiques = probe != "response-only"
-        changed = apply_probe([e.pair for e in encoded], probe, args.seed)
-        changed = encoder.encode_pairs(changed, f"{args.data}, {probe}", keep_equal=True)
-        probed[f"reward model, {probe}"] = rm.score_pairs(model, changed, args.micro_batch_tokens)
-    audit = []
-    if args.audit:
-        encoder.use_critiques = False
-        plain = encoder.encode_pairs(
-            [e.pair for e in encoded], f"{args.data}, audit", keep_equal=True
-        )
-        plain = rm.score_pairs(model, plain, args.micro_batch_tokens)
-        audit = audit_critiques([e.pair for e in encoded], scores, plain)
+    scored = [e.pair for e in encoded]
+    probed = score_probes(args, model, encoder, scored)
+    audit = score_audit(args, model, encoder, scored, scores) if args.audit else None
     if dist.get_rank() != 0:
         return 0
-    if args.audit:
+    if audit is not None:
         rm.replace_file(Path(args.audit), "".join(rm.to_json(row) + "\n" for row in audit))
     if args.save_scores:
         rm.write_scores(Path(args.save_scores), scores)
     rows = tabulate(scores, pairs, args.judge, args.seed, probed)
     robustness = measure_robustness(scores)
     values = [f"{value:.4f}" for value in robustness.values()]
-    tables = [to_wide(rows), layout({"reward model": list(robustness), "value": values})]
+    tables = [to_wide(rows)]
+    styles = measure_styles(scores, pairs)
+    if styles:
+        tables.append(show_styles(styles))
     if args.probe:
         lines = [f"- {probe}: {PROBES[probe]}" for probe in dict.fromkeys(args.probe)]
-        tables.insert(1, "\n".join([*lines, "", READS_CRITIQUES]))
-    if args.audit:
+        tables.append("\n".join([*lines, "", READS_CRITIQUES]))
+    tables.append(layout({"reward model": list(robustness), "value": values}))
+    if audit is not None:
         tables.append(show_audit(audit))
     if args.html:
         blocks = "\n\n".join(tables).split("\n\n")
-        page = to_html(blocks, [e.pair for e in encoded], scores, draw_margins(scores))
+        page = to_html(blocks, scored, scores, draw_margins(scores), audit)
         rm.replace_file(Path(args.html), page)
     if args.json:
         table = description | {"rows": [asdict(row) for row in rows], "robustness": robustness}
-        table["benchmarks"] = benchmarks_as_dict(rows)
+        table["benchmarks"] = benchmarks_as_dict(rows, styles)
         write_json(args.json, table)
+    if audit is not None:  # the page shows them whole
+        tables.append(show_most_misleading(audit))
     print("\n\n".join(tables))
     return 0
+
+
+def score_probes(
+    args: argparse.Namespace, model, encoder: rm.Encoder, pairs: list[Pair]
+) -> dict[str, list[PairScore]]:
+    """The pairs' scores under each probe, by the name of its row. A collective call."""
+    probed = {}
+    for probe in dict.fromkeys(args.probe):
+        encoder.use_critiques = probe != "response-only"
+        changed = apply_probe(pairs, probe, args.seed)
+        encoded = encoder.encode_pairs(changed, f"{args.data}, {probe}", keep_equal=True)
+        scores = rm.score_pairs(model, encoded, args.micro_batch_tokens)
+        probed[f"reward model, {probe}"] = scores
+    return probed
+
+
+def score_audit(
+    args: argparse.Namespace,
+    model,
+    encoder: rm.Encoder,
+    pairs: list[Pair],
+    scores: list[PairScore],
+) -> list[dict]:
+    """Scores the pairs without critiques, and says what these do. A collective call."""
+    encoder.use_critiques = False
+    encoded = encoder.encode_pairs(pairs, f"{args.data}, audit", keep_equal=True)
+    plain = rm.score_pairs(model, encoded, args.micro_batch_tokens)
+    return audit_critiques(pairs, scores, plain)
 
 
 def compare_scores(args: argparse.Namespace) -> int:
