@@ -210,6 +210,7 @@ class Pair:
 
 
 SIDES = ("chosen", "rejected")
+KINDS = {Pair: "a pair", Answer: "a single answer"}
 ROLES = ("system", "developer", "user", "assistant", "tool")  # templates print them: no free text
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 MESSAGE_FIELDS = (  # what a message may say beside role and content; the chat template knows them
@@ -333,27 +334,46 @@ def read_pairs(source: str, skip_bad: bool = False, critiques: str | None = None
 
 def stream_pairs(source: str, skip_bad: bool = False) -> Iterator[Pair]:
     """The pairs of `read_pairs` one by one, without keeping them."""
-    notes = Notes()
-    rows = read_rows(source, lambda *row: _parse_pairs(Record(*row, notes)), skip_bad)
-    pairs = (pair for _, found in rows for pair in found)
-    n_pairs = 0
-    for pair in _with_unique_ids(pairs, source):
-        n_pairs += 1
-        yield pair
-    notes.say(source)
-    if not n_pairs:
-        raise CritiqueRMError(f"{source}: no preference pair in it; expected a JSON object a line")
+    pairs = _stream(source, skip_bad, _parse_pairs, "preference pair")
+    return _with_unique_ids(pairs, source)
 
 
 def read_answers(source: str, skip_bad: bool = False) -> list[Answer]:
     """Reads single records {prompt, response, critique?, id?}, to be scored on their own."""
-    notes = Notes()
-    rows = read_rows(source, lambda *row: _parse_answer(Record(*row, notes)), skip_bad)
-    answers = [answer for _, answer in rows]
+    return list(_stream(source, skip_bad, lambda record: [_parse_answer(record)], "answer"))
+
+
+def stream_pairs_or_answers(source: str, skip_bad: bool = False) -> Iterator[Pair | Answer]:
+    """The pairs of a file or its single answers, whichever it holds, all with ids of their own.
+
+    Raises CritiqueRMError at the first record of the other kind.
+    """
+    items = _stream(source, skip_bad, _parse_pairs_or_answer, "preference pair or answer")
+    return _with_unique_ids(_of_one_kind(items), source)
+
+
+def _stream(
+    source: str, skip_bad: bool, parse: Callable[[Record], list], what: str
+) -> Iterator[Pair | Answer]:
+    """What `parse` makes of each record, then what is to be said of all of them."""
+    notes, n_items = Notes(), 0
+    for _, items in read_rows(source, lambda *row: parse(Record(*row, notes)), skip_bad):
+        n_items += len(items)
+        yield from items
     notes.say(source)
-    if not answers:
-        raise CritiqueRMError(f"{source}: no answer in it; expected a JSON object a line")
-    return answers
+    if not n_items:
+        raise CritiqueRMError(f"{source}: no {what} in it; expected a JSON object a line")
+
+
+def _of_one_kind(items: Iterable[Pair | Answer]) -> Iterator[Pair | Answer]:
+    """Refuses the first item that is not of the first one's kind."""
+    kind = None
+    for item in items:
+        kind = kind or type(item)
+        if type(item) is not kind:
+            found = f"{KINDS[type(item)]} in a file that begins with {KINDS[kind]}"
+            raise CritiqueRMError(f"{item.where}: {found}; put pairs and answers into two files")
+        yield item
 
 
 def _replace_critiques(pairs: list[Pair], source: str, about: str, skip_bad: bool) -> list[Pair]:
@@ -452,8 +472,8 @@ def digest_prompt(prompt: Sequence[Message]) -> str:
     return digest(_without_more(prompt))
 
 
-def digest_pair(pair: Pair) -> str:
-    """A hash of all that a pair says."""
+def digest_pair(pair: Pair | Answer) -> str:
+    """A hash of all that a pair, or a single answer, says."""
     said = {}
     for item in fields(pair):
         value = getattr(pair, item.name)
@@ -463,26 +483,27 @@ def digest_pair(pair: Pair) -> str:
     return digest(said | {"prompt": _without_more(pair.prompt)})
 
 
-def _with_unique_ids(pairs: Iterable[Pair], source: str) -> Iterator[Pair]:
+def _with_unique_ids(items: Iterable[Pair | Answer], source: str) -> Iterator[Pair | Answer]:
     """Refuses explicit ids that clash; makes missing ones from the content, numbering repeats."""
     seen: dict[str, str] = {}
     n_repeats = 0
-    for pair in pairs:
-        if pair.id in seen:
+    for item in items:
+        if item.id in seen:
             raise CritiqueRMError(
-                f"{pair.where}: id {pair.id!r} was already used at {seen[pair.id]}; "
+                f"{item.where}: id {item.id!r} was already used at {seen[item.id]}; "
                 "make ids unique, or remove them and they are made from the content"
             )
-        wanted = pair.id or digest_pair(pair)
-        pair_id, n = wanted, 1
-        while pair_id in seen:
+        wanted = item.id or digest_pair(item)
+        item_id, n = wanted, 1
+        while item_id in seen:
             n += 1
-            pair_id = f"{wanted}-{n}"
+            item_id = f"{wanted}-{n}"
         n_repeats += n > 1
-        seen[pair_id] = pair.where
-        yield pair if pair.id else replace(pair, id=pair_id)
+        seen[item_id] = item.where
+        yield item if item.id else replace(item, id=item_id)
     if n_repeats:
-        say(f"{source}: {n_repeats} pairs repeat an earlier one exactly (kept, ids numbered)")
+        what = "pairs" if isinstance(item, Pair) else "answers"
+        say(f"{source}: {n_repeats} {what} repeat an earlier one exactly (kept, ids numbered)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1030,6 +1051,15 @@ def _parse_answer(record: Record) -> Answer:
     answer = Answer(prompt, last.content, critiques, record.id(), last.more, record.where)
     record.finish()
     return answer
+
+
+def _parse_pairs_or_answer(record: Record) -> list[Pair | Answer]:
+    """A single answer is what has one response, and nothing that makes a pair of it."""
+    has_sides = any(record.fields.get(side) is not None for side in SIDES)
+    has_label = any(form.mark in record for form in LABELLED.values())
+    has_response = "response" in record.fields or "messages" in record
+    is_single = has_response and not has_sides and not has_label
+    return [_parse_answer(record)] if is_single else _parse_pairs(record)
 
 
 def _parse_critiques(record: Record) -> tuple[list[Pair], list[Answer]]:

@@ -5,7 +5,7 @@
     python evaluate.py RUN --data pairs.jsonl --probe shuffled --probe swapped --audit audit.jsonl
     python evaluate.py --compare A.scores.jsonl B.scores.jsonl
     python evaluate.py --curve RUN1 RUN2 ... [--plot curve.png]
-    python evaluate.py RUN --score answers.jsonl        # one reward a line, for best-of-n
+    python evaluate.py RUN --answers answers.jsonl      # one reward a line, for best-of-n
 
 RUN is a folder of train.py, or any Hugging Face sequence-classification model made of a decoder
 and a `score` head with one label. Pairs are read by `read_pairs` (critique_rm.py); answers are
@@ -92,8 +92,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", metavar="RUN", nargs="?", help="folder or Hub name of a model")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--data", metavar="PAIRS", help="preference pairs to test on")
-    add("--score", metavar="ANSWERS", help="single answers to score")
-    add("--compare", nargs=2, metavar="SCORES", help="two files of --scores, or of two runs")
+    add("--answers", metavar="ANSWERS", help="single answers to score")
+    add("--compare", nargs=2, metavar="SCORES", help="two files of --save-scores, or of two runs")
     add("--curve", nargs="+", metavar="RUN", help="folders of train.py")
     add = parser.add_argument_group("input").add_argument
     add("--no-critiques", action="store_true", help="leave critiques out of the input")
@@ -110,19 +110,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=natural, default=0, help="of bootstrap, sign flips and shuffling")
     add = parser.add_argument_group("files to write").add_argument
     add("--json", metavar="FILE", help="the table")
-    add("--scores", metavar="FILE", help="one line a pair")
+    add("--save-scores", metavar="FILE", help="one line a pair")
     add("--audit", metavar="FILE", help="one line a critique: how it moves the reward")
     add("--html", metavar="FILE", help="a page to look at the pairs")
     add("--plot", metavar="FILE", help="a picture of the curve (needs matplotlib)")
     args = parser.parse_args(argv)
-    with_data = ("scores", "audit", "judge", "probe", "html", "critiques")
+    with_data = ("save_scores", "audit", "judge", "probe", "html", "critiques")
     if not args.data and any(getattr(args, name) for name in with_data):
-        parser.error(f"{', '.join(f'--{name}' for name in with_data)} go with --data")
-    if args.score and args.json:
-        parser.error("--json does not go with --score")
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in with_data)
+        parser.error(f"{flags} go with --data")
+    if args.answers and args.json:
+        parser.error("--json does not go with --answers")
     if bool(args.run) == bool(args.compare or args.curve) or args.plot and not args.curve:
-        parser.error("RUN goes with --data or --score, and --plot with --curve")
-    outputs = (args.json, args.scores, args.audit, args.html, args.plot)
+        parser.error("RUN goes with --data or --answers, and --plot with --curve")
+    outputs = (args.json, args.save_scores, args.audit, args.html, args.plot)
     for path in filter(None, outputs):  # before hours of scoring
         if not Path(path).absolute().parent.is_dir():
             parser.error(f"{path}: there is no such folder")
@@ -573,6 +574,7 @@ def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[
 
 REWARDBENCH2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 RM_BENCH_DOMAINS = ("chat", "math", "code", "safety")
+RM_BENCH_STYLES = ("concise", "detailed", "markdown")
 Figures = dict[str, np.ndarray]  # by name: the value, and those of N_RESAMPLES resamples
 
 
@@ -708,7 +710,7 @@ def measure_rm_bench(groups: list[Group], seed: int) -> Figures:
     normal: on it, easy: below it. By domain, where the rows name them; safety is the mean of its
     two halves, overall of the four domains.
     """
-    groups = [g for g in groups if g.wins.shape == (3, 3) and g.subset != "Ties"]
+    groups = select_rm_bench(groups)
     if not groups:
         return {}
     fancier = np.subtract.outer(range(3), range(3)) * -1  # style of rejected less that of chosen
@@ -735,6 +737,22 @@ def measure_rm_bench(groups: list[Group], seed: int) -> Figures:
     if by_domain.keys() >= {*RM_BENCH_DOMAINS}:
         figures["overall"] = np.mean([figures[domain] for domain in RM_BENCH_DOMAINS], axis=0)
     return figures
+
+
+def select_rm_bench(groups: list[Group]) -> list[Group]:
+    return [g for g in groups if g.wins.shape == (3, 3) and g.subset != "Ties"]
+
+
+def measure_styles(scores: Sequence[PairScore], pairs: Sequence[Pair]) -> list[list[float]]:
+    """RM-Bench's matrix: how often the reward model prefers chosen of style i to rejected of j.
+
+    Chosen down, rejected across, plainest first; `pairs` are all that there are. Empty without rows
+    of RM-Bench.
+    """
+    opinions = opinions_by("reward", "reward model", scores)
+    n_by_group = Counter(pair.group for pair in pairs if pair.group)
+    groups = select_rm_bench(collect_groups(opinions, n_by_group))
+    return np.mean([group.wins for group in groups], axis=0).tolist() if groups else []
 
 
 def measure_judgebench(opinions: "Opinions", seed: int) -> Figures:
@@ -945,14 +963,16 @@ def critique_rows(scores: list[PairScore], seed: int) -> list[Row]:
     return [figure_row("reward model", name, len(scores), f) for name, f in figures.items()]
 
 
-def benchmarks_as_dict(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """The reward model's figures of benchmarks, for --json."""
+def benchmarks_as_dict(rows: Sequence[Row], styles: list[list[float]]) -> dict[str, dict]:
+    """The reward model's figures of benchmarks, and RM-Bench's matrix, for --json."""
     found: dict[str, dict] = {}
     for row in rows:
         benchmark, colon, name = row.subset.partition(": ")
         if row.scorer == "reward model" and colon and row.pairs is None:
             figure = {"value": row.accuracy, "low": row.low, "high": row.high}
             found.setdefault(benchmark, {})[name] = figure
+    if styles:
+        found["RM-Bench"]["matrix"] = styles
     return found
 
 
@@ -1014,8 +1034,16 @@ def note_of(row: Row) -> list[str]:
     return [f"- {row.scorer}: {', '.join(known)}"] if known else []
 
 
+def show_styles(styles: list[list[float]]) -> str:
+    """RM-Bench's matrix as a table."""
+    columns = {"RM-Bench: chosen is": list(RM_BENCH_STYLES)}
+    for style, accuracies in zip(RM_BENCH_STYLES, zip(*styles)):
+        columns[f"rejected is {style}"] = [f"{accuracy:.3f}" for accuracy in accuracies]
+    return layout(columns)
+
+
 def show_audit(audit: list[dict]) -> str:
-    """How many critiques move the reward towards the label, by subset; those that mislead most."""
+    """How many critiques move the reward towards the label, by subset."""
     counts = summarize_audit(audit)
     columns = {
         "critiques": [subset or "(all)" for subset in counts],
@@ -1025,9 +1053,17 @@ def show_audit(audit: list[dict]) -> str:
     for n, n_right in counts.values():
         columns["n"].append(str(n))
         columns["towards the label"].append(f"{n_right / n:.3f}")
-    lines = [layout(columns), "", "Critiques that mislead most (shift of the reward):"]
+    return layout(columns)
+
+
+def find_most_misleading(audit: list[dict]) -> list[dict]:
     misleading = [row for row in audit if row["misleads"]]
-    for row in sorted(misleading, key=lambda row: -abs(row["shift"]))[:N_MISLEADING]:
+    return sorted(misleading, key=lambda row: -abs(row["shift"]))[:N_MISLEADING]
+
+
+def show_most_misleading(audit: list[dict]) -> str:
+    lines = ["Critiques that mislead most (shift of the reward):"]
+    for row in find_most_misleading(audit):
         text = to_cell(row["critique"])
         text = text if len(text) <= 160 else text[:157] + "..."
         lines.append(f"- {row['id']}, {row['side']}, {row['shift']:+.2f}: {text}")
@@ -1087,6 +1123,8 @@ article {{ border: 1px solid #ccc; border-radius: 6px; margin: 1rem 0; padding: 
 article.wrong {{ border-left: 6px solid #c33 }}
 .two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; margin-top: 1rem }}
 .critique {{ color: #555; border-left: 3px solid #ccc; padding-left: .7rem; margin-top: .7rem }}
+.misleads {{ border-color: #c33 }}
+.shift {{ color: #c33; margin: 0 }}
 h3 {{ font-size: 1em; margin: 0 0 .4rem }}
 </style>
 <h1>Rewards</h1>
@@ -1102,7 +1140,7 @@ h3 {{ font-size: 1em; margin: 0 0 .4rem }}
 <main></main>
 <script type="application/json" id="data">{data}</script>
 <script>
-const {{tables, picture, pairs}} = JSON.parse(document.getElementById("data").textContent);
+const {{tables, picture, misleading, pairs}} = JSON.parse(document.getElementById("data").textContent);
 const get = id => document.getElementById(id);
 function add(parent, tag, text, name) {{
   const element = parent.appendChild(document.createElement(tag));
@@ -1120,6 +1158,23 @@ for (const text of tables) {{
   }}
 }}
 if (picture) add(get("tables"), "img", "").src = picture;
+function addCritique(parent, critique, shift) {{  // the shift of one that misleads
+  add(parent, "pre", critique, shift ? "critique misleads" : "critique");
+  const sign = shift > 0 ? "+" : "";
+  if (shift) add(parent, "p", `misleads: moves the reward by ${{sign}}${{shift.toFixed(3)}}`, "shift");
+}}
+if (misleading) {{
+  const details = add(get("tables"), "details", "");
+  add(details, "summary", `Critiques that mislead most: ${{misleading.length}}`);
+  for (const m of misleading) {{
+    const article = add(details, "article", "");
+    add(article, "h3", `${{m.id}} ${{m.subset}}: ${{m.side}}`);
+    add(article, "pre", m.prompt);
+    add(article, "h3", "response");
+    add(article, "pre", m.response);
+    addCritique(article, m.critique, m.shift);
+  }}
+}}
 for (const subset of [...new Set(pairs.map(p => p.subset))].sort())
   if (subset) add(get("subset"), "option", subset);
 function show() {{
@@ -1141,7 +1196,8 @@ function show() {{
       const column = add(two, "div", "");
       add(column, "h3", `${{name}}, reward ${{p[name].reward.toFixed(3)}}`);
       add(column, "pre", p[name].response);
-      for (const critique of p[name].critiques) add(column, "pre", critique, "critique");
+      const shifts = p[name].misleads || [];  // without --audit there are none
+      p[name].critiques.forEach((critique, n) => addCritique(column, critique, shifts[n]));
     }}
   }}
 }}
@@ -1152,9 +1208,16 @@ show();
 
 
 def to_html(
-    tables: list[str], pairs: list[Pair], scores: list[PairScore], picture: str = ""
+    tables: list[str],
+    pairs: list[Pair],
+    scores: list[PairScore],
+    picture: str = "",
+    audit: list[dict] | None = None,
 ) -> str:
-    """One file that needs nothing else; the data stands in it as JSON that cannot end a script."""
+    """One file that needs nothing else; the data stands in it as JSON that cannot end a script.
+
+    With the rows of an audit it marks the critiques that mislead, and shows the worst of them.
+    """
     rows = []
     for pair, score in zip(pairs, scores):
         prompt = "\n\n".join(f"{message.role}: {message.text}" for message in pair.prompt)
@@ -1166,8 +1229,31 @@ def to_html(
                 "critiques": answer.critiques,
             }
         rows.append(row)
-    data = json.dumps({"tables": tables, "picture": picture, "pairs": rows})
-    return PAGE.format(data=data.replace("<", "\\u003c"))
+    data = {"tables": tables, "picture": picture, "pairs": rows}
+    if audit is not None:
+        mark_misleading(rows, pairs, audit)
+        prompts = {row["id"]: row["prompt"] for row in rows}
+        most = find_most_misleading(audit)
+        data["misleading"] = [row | {"prompt": prompts[row["id"]]} for row in most]
+    return PAGE.format(data=json.dumps(data).replace("<", "\\u003c"))
+
+
+def mark_misleading(rows: list[dict], pairs: list[Pair], audit: list[dict]) -> None:
+    """Adds to each side of the page's rows the shifts of its critiques: null if not misleading.
+
+    By text and not by id: the audit has a critique once where its response stands in several pairs.
+    """
+    shifts = {}
+    for found in audit:
+        if found["misleads"]:
+            key = rm.digest(found["prompt"], found["side"], found["response"], found["critique"])
+            shifts[key] = found["shift"]
+    for row, pair in zip(rows, pairs):
+        prompt = [message.to_dict() for message in pair.prompt]
+        for side in rm.SIDES:
+            response, critiques = row[side]["response"], row[side]["critiques"]
+            keys = [rm.digest(prompt, side, response, critique) for critique in critiques]
+            row[side]["misleads"] = [shifts.get(key) for key in keys]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1192,45 +1278,68 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
         "dtype": rm.name_of(model.compute_dtype),
         "seed": args.seed,
     }
-    probed = {}
-    for probe in dict.fromkeys(args.probe):
-        encoder.use_critiques = probe != "response-only"
-        changed = apply_probe([e.pair for e in encoded], probe, args.seed)
-        changed = encoder.encode_pairs(changed, f"{args.data}, {probe}", keep_equal=True)
-        probed[f"reward model, {probe}"] = rm.score_pairs(model, changed, args.micro_batch_tokens)
-    audit = []
-    if args.audit:
-        encoder.use_critiques = False
-        plain = encoder.encode_pairs(
-            [e.pair for e in encoded], f"{args.data}, audit", keep_equal=True
-        )
-        plain = rm.score_pairs(model, plain, args.micro_batch_tokens)
-        audit = audit_critiques([e.pair for e in encoded], scores, plain)
+    scored = [e.pair for e in encoded]
+    probed = score_probes(args, model, encoder, scored)
+    audit = score_audit(args, model, encoder, scored, scores) if args.audit else None
     if dist.get_rank() != 0:
         return 0
-    if args.audit:
+    if audit is not None:
         rm.replace_file(Path(args.audit), "".join(rm.to_json(row) + "\n" for row in audit))
-    if args.scores:
-        rm.write_scores(Path(args.scores), scores)
+    if args.save_scores:
+        rm.write_scores(Path(args.save_scores), scores)
     rows = tabulate(scores, pairs, args.judge, args.seed, probed)
     robustness = measure_robustness(scores)
     values = [f"{value:.4f}" for value in robustness.values()]
-    tables = [to_wide(rows), layout({"reward model": list(robustness), "value": values})]
+    tables = [to_wide(rows)]
+    styles = measure_styles(scores, pairs)
+    if styles:
+        tables.append(show_styles(styles))
     if args.probe:
         lines = [f"- {probe}: {PROBES[probe]}" for probe in dict.fromkeys(args.probe)]
-        tables.insert(1, "\n".join([*lines, "", READS_CRITIQUES]))
-    if args.audit:
+        tables.append("\n".join([*lines, "", READS_CRITIQUES]))
+    tables.append(layout({"reward model": list(robustness), "value": values}))
+    if audit is not None:
         tables.append(show_audit(audit))
     if args.html:
         blocks = "\n\n".join(tables).split("\n\n")
-        page = to_html(blocks, [e.pair for e in encoded], scores, draw_margins(scores))
+        page = to_html(blocks, scored, scores, draw_margins(scores), audit)
         rm.replace_file(Path(args.html), page)
     if args.json:
         table = description | {"rows": [asdict(row) for row in rows], "robustness": robustness}
-        table["benchmarks"] = benchmarks_as_dict(rows)
+        table["benchmarks"] = benchmarks_as_dict(rows, styles)
         write_json(args.json, table)
+    if audit is not None:  # the page shows them whole
+        tables.append(show_most_misleading(audit))
     print("\n\n".join(tables))
     return 0
+
+
+def score_probes(
+    args: argparse.Namespace, model, encoder: rm.Encoder, pairs: list[Pair]
+) -> dict[str, list[PairScore]]:
+    """The pairs' scores under each probe, by the name of its row. A collective call."""
+    probed = {}
+    for probe in dict.fromkeys(args.probe):
+        encoder.use_critiques = probe != "response-only"
+        changed = apply_probe(pairs, probe, args.seed)
+        encoded = encoder.encode_pairs(changed, f"{args.data}, {probe}", keep_equal=True)
+        scores = rm.score_pairs(model, encoded, args.micro_batch_tokens)
+        probed[f"reward model, {probe}"] = scores
+    return probed
+
+
+def score_audit(
+    args: argparse.Namespace,
+    model,
+    encoder: rm.Encoder,
+    pairs: list[Pair],
+    scores: list[PairScore],
+) -> list[dict]:
+    """Scores the pairs without critiques, and says what these do. A collective call."""
+    encoder.use_critiques = False
+    encoded = encoder.encode_pairs(pairs, f"{args.data}, audit", keep_equal=True)
+    plain = rm.score_pairs(model, encoded, args.micro_batch_tokens)
+    return audit_critiques(pairs, scores, plain)
 
 
 def compare_scores(args: argparse.Namespace) -> int:
@@ -1260,18 +1369,20 @@ def write_json(path: str, table: dict) -> None:
 
 
 def read_scores(path: str) -> list[PairScore]:
-    """Reads what --scores and train.py write."""
+    """Reads what --save-scores and train.py write."""
     scores: dict[str, PairScore] = {}
     for where, row in rm.read_rows(path):
         try:
             score = PairScore(**row)
         except TypeError:
-            raise CritiqueRMError(f"{where}: not a line of --scores") from None
+            raise CritiqueRMError(f"{where}: not a line of --save-scores") from None
         rewards = (score.chosen_reward, score.rejected_reward)
         is_finite = all(type(r) in (int, float) and math.isfinite(r) for r in rewards)
         texts = (score.id, score.prompt_id, score.subset)
         if not is_finite or not all(isinstance(text, str) for text in texts):
-            raise CritiqueRMError(f"{where}: not a line of --scores, or a reward is not finite")
+            raise CritiqueRMError(
+                f"{where}: not a line of --save-scores, or a reward is not finite"
+            )
         if score.id in scores:
             raise CritiqueRMError(f"{where}: id {score.id!r} comes twice; keep one of the lines")
         scores[score.id] = score
@@ -1281,19 +1392,19 @@ def read_scores(path: str) -> list[PairScore]:
 
 
 def score_single(args: argparse.Namespace) -> int:
-    """Prints a reward for each answer of --score; null for one that cannot be scored."""
-    answers = rm.read_answers(args.score, args.skip_bad)
+    """Prints a reward for each answer of --answers; null for one that cannot be scored."""
+    answers = rm.read_answers(args.answers, args.skip_bad)
     model, encoder = load(args)
     rewards = rm.score_answers(model, encoder, answers, args.micro_batch_tokens, args.skip_bad)
     n_missing = rewards.count(None)
     if counted := encoder.describe_counts():
-        say(f"{args.score}: of {len(answers)} answers {counted}")
+        say(f"{args.answers}: of {len(answers)} answers {counted}")
     if dist.get_rank() == 0:
         for answer, reward in zip(answers, rewards):
             print(rm.to_json({"id": answer.id or answer.where, "reward": reward}))
     if n_missing:
         hint = f" ({rm.CRITIQUES_MISSING})" if encoder.counts["without critique"] else ""
-        say(f"{args.score}: {n_missing} of {len(answers)} answers have no reward{hint}")
+        say(f"{args.answers}: {n_missing} of {len(answers)} answers have no reward{hint}")
     return 1 if n_missing else 0
 
 

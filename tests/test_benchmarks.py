@@ -75,6 +75,27 @@ def test_rm_bench_by_hand():
     assert found == pytest.approx({"hard": 1 / 3, "normal": 1 / 3, "easy": 2 / 3, "average": 4 / 9})
 
 
+def test_the_matrix_of_styles_by_hand():
+    """Hard, normal and easy are the means of its cells above the diagonal, on it and below it."""
+    scores = group_scores("a", [3.0, 2.0, 1.0], [0.0, 2.0, 4.0])  # [[1, 1, 0], [1, 0, 0], [1, 0, 0]]
+    scores += group_scores("b", [3.0, 5.0, 1.0], [0.0, 2.0, 4.0])  # [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
+    others = group_scores("c", [1.0], [0.0, 0.0, 0.0]) + group_scores("d", [0.0] * 3, [1.0] * 3, "Ties")
+    incomplete = group_scores("e", [0.0] * 3, [1.0] * 3)
+    every = scores + others + incomplete
+    matrix = evaluate.measure_styles(every[:-1], every)
+    assert matrix == [[1.0, 1.0, 0.0], [1.0, 0.5, 0.5], [1.0, 0.0, 0.0]]
+    found = figures(scores)["RM-Bench"]
+    assert found["hard"] == pytest.approx((1.0 + 0.0 + 0.5) / 3)  # 0-1, 0-2, 1-2
+    assert found["normal"] == pytest.approx((1.0 + 0.5 + 0.0) / 3)
+    assert found["easy"] == pytest.approx((1.0 + 1.0 + 0.0) / 3)  # 1-0, 2-0, 2-1
+    assert evaluate.show_styles(matrix).splitlines()[2:] == [
+        "| concise | 1.000 | 1.000 | 0.000 |",
+        "| detailed | 1.000 | 0.500 | 0.500 |",
+        "| markdown | 1.000 | 0.000 | 0.000 |",
+    ]
+    assert evaluate.measure_styles(others, others) == []
+
+
 def test_rm_bench_is_what_its_rule_says_of_random_rewards():
     rng = np.random.default_rng(0)
     domains = ["chat", "math", "code", "safety-refuse", "safety-response", "safety-response"]
@@ -89,6 +110,7 @@ def test_rm_bench_is_what_its_rule_says_of_random_rewards():
                 sums[i, j] += chosen[i] > rejected[j]
                 by_domain.setdefault(domain, []).append(chosen[i] > rejected[j])
     acc = sums / len(rows)
+    np.testing.assert_allclose(evaluate.measure_styles(scores, scores), acc)
     found = figures(scores)["RM-Bench"]
     assert found["hard"] == pytest.approx((acc[0, 1] + acc[0, 2] + acc[1, 2]) / 3)
     assert found["normal"] == pytest.approx((acc[0, 0] + acc[1, 1] + acc[2, 2]) / 3)
@@ -206,9 +228,11 @@ def test_an_interval_of_a_mean_of_subsets_adds_their_variances():
 def test_json_holds_the_benchmarks_of_the_reward_model():
     scores = group_scores("a", [3.0, 2.0, 1.0], [0.0, 2.0, 4.0], "chat")
     scores += group_scores("b", [3.0, 2.0, 1.0], [0.0, 0.0, 0.0], "chat")
-    found = evaluate.benchmarks_as_dict(evaluate.tabulate(scores))
+    styles = evaluate.measure_styles(scores, scores)
+    found = evaluate.benchmarks_as_dict(evaluate.tabulate(scores), styles)
     assert list(found) == ["RM-Bench"]
-    assert list(found["RM-Bench"]) == ["hard", "normal", "easy", "average", "chat"]
+    assert list(found["RM-Bench"]) == ["hard", "normal", "easy", "average", "chat", "matrix"]
+    assert found["RM-Bench"]["matrix"] == styles
     hard = found["RM-Bench"]["hard"]
     assert hard["value"] == pytest.approx(2 / 3) and hard["low"] <= hard["value"] <= hard["high"]
     json.dumps(found, allow_nan=False)
@@ -262,3 +286,7 @@ def test_an_audit_says_which_critiques_mislead(tmp_path):
         "critique": "fine", "reward": 1.5, "reward_without": 0.5, "shift": 1.0, "misleads": True,
     }  # fmt: skip
     assert evaluate.summarize_audit(audit) == {"x": (4, 3)}
+    kept = [{k: r[k] for k in ("prompt", "response", "critique")} for r in audit if not r["misleads"]]
+    filtered = read_pairs(str(tmp_path / "a.jsonl"), critiques=write(tmp_path / "kept.jsonl", *kept))
+    assert [pair.rejected_critiques for pair in filtered] == [("bad",), ("poor",)]
+    assert [pair.chosen_critiques for pair in filtered] == [("good",)] * 2

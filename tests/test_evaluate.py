@@ -4,8 +4,8 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 import sys
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import evaluate
+import generate
 from conftest import run_script
 from critique_rm import CritiqueRMError, Message, Pair, PairScore, read_pairs
+from test_generate import Server, completion
 
 ROOT = Path(__file__).parent.parent
 
@@ -160,7 +162,7 @@ def test_whatever_a_subset_is_called_a_row_is_a_line_of_equal_columns(name):
 def test_scores_that_are_no_numbers_are_refused(tmp_path, value):
     good = json.dumps(asdict(score(0, 1.0)))
     (path := tmp_path / "s.jsonl").write_text(f"{good}\n{good.replace('1.0', value, 1)}\n")
-    with pytest.raises(CritiqueRMError, match="s.jsonl:2: not a line of --scores"):
+    with pytest.raises(CritiqueRMError, match="s.jsonl:2: not a line of --save-scores"):
         evaluate.read_scores(str(path))
     path.write_text(f"{good}\n{good}\n")
     with pytest.raises(CritiqueRMError, match="s.jsonl:2: id '0' comes twice"):
@@ -397,6 +399,88 @@ def test_the_page_holds_the_data_as_text_that_cannot_end_its_script():
     assert not re.search(r"https?:|src=|@import", page.replace(data, ""))
 
 
+EVIL = "</script><img src=x onerror=alert(1)>"
+NODE = """
+const made = [];
+function element(tag) {
+  const node = {tag, textContent: "", className: "", value: "", children: []};
+  node.appendChild = child => { node.children.push(child); return child; };
+  node.replaceChildren = () => { node.children = []; };
+  node.addEventListener = () => {};
+  return node;
+}
+const known = {};
+const document = {
+  createElement: tag => { const node = element(tag); made.push(node); return node; },
+  getElementById: id => known[id] ||= element(id),
+  querySelector: () => element("main"),
+};
+document.getElementById("order").value = "1";
+document.getElementById("data").textContent = DATA;
+SCRIPT
+console.log(JSON.stringify(made.map(node => [node.tag, node.className, node.textContent])));
+"""
+
+
+def audited_page(with_audit: bool = True) -> str:
+    """Two pairs that share a chosen response with two critiques, of which the second misleads."""
+    prompt = (Message("user", EVIL),)
+    pairs = [Pair(n, prompt, "c", f"r{n}", ("good", EVIL), (f"bad{n}",)) for n in "ab"]
+    scores, plain = [], []
+    for n, pair in enumerate(pairs):
+        rewards = {"chosen_rewards": [2.0, 0.25], "rejected_rewards": [-1.0, 1.5][n : n + 1]}
+        scores.append(replace(score(n, 1.0), id=pair.id, **rewards))
+        plain.append(PairScore(pair.id, "p", "", 1.0, 0.5, 1, 1, None, None))
+    audit = evaluate.audit_critiques(pairs, scores, plain) if with_audit else None
+    return evaluate.to_html(["| a |"], pairs, scores, audit=audit)
+
+
+def page_data(page: str) -> dict:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_the_page_marks_the_critiques_that_mislead_and_by_how_much():
+    """Of the chosen response 0.25 − 1, in both pairs; of the second rejected one 1.5 − 0.5."""
+    page = audited_page()
+    data = page_data(page)
+    assert page.count("</script>") == 2 and "<img" not in page
+    assert [pair["chosen"]["misleads"] for pair in data["pairs"]] == [[None, -0.75]] * 2
+    assert [pair["rejected"]["misleads"] for pair in data["pairs"]] == [[None], [1.0]]
+    worst = [(m["id"], m["side"], m["critique"], m["shift"]) for m in data["misleading"]]
+    assert worst == [("b", "rejected", "badb", 1.0), ("a", "chosen", EVIL, -0.75)]
+    assert data["misleading"][1]["prompt"] == "user: " + EVIL
+
+
+def test_the_page_without_an_audit_holds_none():
+    data = page_data(audited_page(with_audit=False))
+    assert list(data) == ["tables", "picture", "pairs"]
+    assert list(data["pairs"][0]["chosen"]) == ["reward", "response", "critiques"]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script in node")
+@pytest.mark.parametrize("with_audit", [True, False])
+def test_the_script_of_the_page_shows_the_marks_as_text(with_audit, tmp_path):
+    page = audited_page(with_audit)
+    script = page.rpartition("<script>")[2].partition("</script>")[0]
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
+    program = NODE.replace("SCRIPT", script).replace("DATA", json.dumps(data))
+    (path := tmp_path / "page.js").write_text(program)
+    result = subprocess.run(["node", path], capture_output=True, text=True, check=True)
+    made = json.loads(result.stdout)
+    shifts = [text for _, name, text in made if name == "shift"]
+    down, up = "misleads: moves the reward by -0.750", "misleads: moves the reward by +1.000"
+    assert shifts == ([up, down, down, down, up] if with_audit else [])
+    critiques = [[name, text] for _, name, text in made if name.startswith("critique")]
+    of_pairs = critiques[2:] if with_audit else critiques
+    marked = "critique misleads" if with_audit else "critique"
+    assert of_pairs == [
+        *(["critique", "good"], [marked, EVIL], ["critique", "bada"]),
+        *(["critique", "good"], [marked, EVIL], [marked, "badb"]),
+    ]
+    summaries = [text for tag, _, text in made if tag == "summary"]
+    assert summaries == (["Critiques that mislead most: 2"] if with_audit else [])
+
+
 def test_the_page_shows_margins_where_matplotlib_is(monkeypatch):
     scores = [score(n, margin, words=(n, 2)) for n, margin in enumerate([2.0, -1.0, 0.5])]
     if evaluate.load_pyplot():
@@ -413,7 +497,7 @@ def test_probes_of_a_run_stand_beside_its_accuracy(finished, test_file, mesh, ca
     probes = ["swapped", "response-only"]
     options = [word for probe in probes for word in ("--probe", probe)]
     scores = tmp_path / "a.jsonl"
-    options += ["--data", str(test_file), "--scores", str(scores)]
+    options += ["--data", str(test_file), "--save-scores", str(scores)]
     assert evaluate.evaluate_pairs(evaluate.parse_arguments([str(folder), *options])) == 0
     table = capsys.readouterr().out
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
@@ -453,10 +537,51 @@ def test_equal_critiques_are_ties_of_a_probe_without_responses(
     assert (probe["pairs"], probe["ties"], probe["coverage"]) == (12, 3 / 12, 1)
 
 
+def test_an_audit_is_in_its_file_in_the_table_and_on_the_page(
+    finished, test_file, mesh, capsys, tmp_path
+):
+    audit, html, table = tmp_path / "audit.jsonl", tmp_path / "a.html", tmp_path / "table.json"
+    options = ["--data", test_file, "--audit", audit, "--html", html, "--json", table]
+    arguments = evaluate.parse_arguments([str(word) for word in (finished[0], *options)])
+    assert evaluate.evaluate_pairs(arguments) == 0
+    rows = [json.loads(line) for line in audit.read_text().splitlines()]
+    shifts = [row["shift"] for row in rows if row["misleads"]]
+    assert 0 < len(shifts) < len(rows) == 24
+    data = page_data(html.read_text())
+    marks = [pair[side]["misleads"] for pair in data["pairs"] for side in ("chosen", "rejected")]
+    assert sorted(shift for side in marks for shift in side if shift) == sorted(shifts)
+    out = capsys.readouterr().out
+    for subset in {row["subset"] for row in rows}:
+        misleads = [row["misleads"] for row in rows if row["subset"] == subset]
+        assert f"| {subset} | {len(misleads)} | {1 - np.mean(misleads):.3f} |" in out
+    assert out.count("\n- ") == min(10, len(shifts)) == len(data["misleading"])
+    assert "matrix" not in table.read_text()
+
+
+def test_rm_bench_rows_print_their_matrix(finished, mesh, capsys, tmp_path):
+    texts = ["four", "It is four.", "**four**"]
+    row = {"id": "a", "prompt": "2 + 2?", "chosen": texts, "rejected": [t + "!" for t in texts]}
+    row |= {"chosen_critique": ["right"] * 3, "rejected_critique": ["wrong"] * 3}
+    (data := tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    table, scores = tmp_path / "table.json", tmp_path / "scores.jsonl"
+    options = ["--data", data, "--json", table, "--save-scores", scores]
+    arguments = evaluate.parse_arguments([str(word) for word in (finished[0], *options)])
+    assert evaluate.evaluate_pairs(arguments) == 0
+    matrix = [[0.0] * 3 for _ in range(3)]
+    for line in scores.read_text().splitlines():
+        s = json.loads(line)
+        is_right = s["chosen_reward"] > s["rejected_reward"]
+        matrix[s["chosen_index"]][s["rejected_index"]] = float(is_right)
+    assert json.loads(table.read_text())["benchmarks"]["RM-Bench"]["matrix"] == matrix
+    out = capsys.readouterr().out
+    heads = ["RM-Bench: hard", "RM-Bench: chosen is | rejected is concise", "| log loss"]
+    assert sorted(heads, key=out.index) == heads
+
+
 def test_evaluating_a_run_repeats_its_test(finished, test_file, tmp_path):
     folder, out, _ = finished
     table, scores = tmp_path / "table.json", tmp_path / "scores.jsonl"
-    options = ["--data", test_file, "--json", table, "--scores", scores]
+    options = ["--data", test_file, "--json", table, "--save-scores", scores]
     code, markdown, err = run_script("evaluate.py", folder, *options, processes=2)
     assert code == 0, err
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
@@ -478,7 +603,7 @@ def test_single_answers_get_the_reward_they_have_in_a_pair(finished, tmp_path, m
         {"id": "b", "prompt": pair["prompt"], "response": pair["chosen"]},
     ]
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = evaluate.score_single(evaluate.parse_arguments([str(folder), "--score", str(answers)]))
+    code = evaluate.score_single(evaluate.parse_arguments([str(folder), "--answers", str(answers)]))
     captured = capsys.readouterr()
     first, second = map(json.loads, captured.out.splitlines())
     expected = json.loads((folder / "scores-test.jsonl").read_text().splitlines()[0])
@@ -486,10 +611,47 @@ def test_single_answers_get_the_reward_they_have_in_a_pair(finished, tmp_path, m
     assert (second, code) == ({"id": "b", "reward": None}, 1)
     assert "1 of 2 answers have no reward" in captured.err
     answers.write_text("not JSON\n" + json.dumps(rows[0]))
-    options = [str(folder), "--score", str(answers), "--skip-bad"]
+    options = [str(folder), "--answers", str(answers), "--skip-bad"]
     assert evaluate.score_single(evaluate.parse_arguments(options)) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == first and "1 bad records skipped" in captured.err
+
+
+def test_two_commands_lead_from_raw_answers_to_rewards(
+    finished, tmp_path, mesh, capsys, monkeypatch
+):
+    """The reward of an answer with two critiques is the mean of its rewards with each of them."""
+    folder, _, _ = finished
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n % 2} + 2?", "response": str(n)} for n in range(4)]
+    raw = "".join(json.dumps(row) + "\n" for row in rows)
+    Path("answers.jsonl").write_text(raw)
+    server = Server(lambda request, number: completion(f"Critique number {number}: it is wrong."))
+    options = ["--base-url", server.url, "--model", "m", "--n-critiques", "2", "--workers", "1"]
+    assert generate.main(["answers.jsonl", "--output", "with.jsonl", *options]) == 0
+    server.stop()
+    capsys.readouterr()
+    arguments = evaluate.parse_arguments([str(folder), "--answers", "with.jsonl"])
+    assert evaluate.score_single(arguments) == 0
+    rewards = capsys.readouterr().out
+    found = [json.loads(line)["reward"] for line in rewards.splitlines()]
+    criticised = [json.loads(line) for line in Path("with.jsonl").read_text().splitlines()]
+    alone = []
+    for row in criticised:
+        alone += [json.dumps(row | {"critique": critique}) for critique in row["critique"]]
+    Path("alone.jsonl").write_text("\n".join(alone))
+    arguments = evaluate.parse_arguments([str(folder), "--answers", "alone.jsonl"])
+    assert evaluate.score_single(arguments) == 0
+    each = [json.loads(line)["reward"] for line in capsys.readouterr().out.splitlines()]
+    assert len(set(each)) == 8
+    assert found == pytest.approx(np.reshape(each, (4, 2)).mean(axis=1), abs=1e-5)
+    best = [max((0, 2), key=found.__getitem__), max((1, 3), key=found.__getitem__)]
+    Path("rewards.jsonl").write_text(rewards)
+    (command,) = re.findall(r"^jq .*max_by.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    if shutil.which("jq"):
+        lines = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, check=True)
+        picked = [json.loads(line)["response"] for line in lines.stdout.splitlines()]
+        assert picked == [rows[n]["response"] for n in best]
 
 
 def test_a_folder_without_a_head_is_refused_in_one_line(finished, tmp_path, monkeypatch, capsys):
@@ -506,3 +668,18 @@ def test_a_folder_without_a_head_is_refused_in_one_line(finished, tmp_path, monk
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith(f"evaluate.py: {tmp_path}: 1 weights are not in")
     assert "it has no reward head" in err
+
+
+@pytest.mark.parametrize("flag", ["--score", "--scores"])
+def test_flags_that_were_renamed_have_one_spelling(flag, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.parse_arguments(["RUN", "--data", "a.jsonl", flag, "b.jsonl"])
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {flag} b.jsonl" in capsys.readouterr().err
+
+
+def test_what_needs_pairs_is_refused_with_single_answers(capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.parse_arguments(["RUN", "--answers", "a.jsonl", "--save-scores", "b.jsonl"])
+    assert ended.value.code == 2
+    assert "--save-scores, --audit, --judge, --probe, --html, --critiques go with --data" in capsys.readouterr().err

@@ -260,7 +260,7 @@ def test_training_on_goes_on_from_the_same_rewards(reward_folder, test_file, tmp
     data = ["--train", test_file, "--test", test_file, "--max-length-tokens", 1024]
     code, _, err = run_script("train.py", "--model", reward_folder, *data, "--lr", 1e-30, "--out", run)
     assert code == 0 and "its head is kept" in err
-    options = ["--data", test_file, "--max-length-tokens", "1024", "--scores", before]
+    options = ["--data", test_file, "--max-length-tokens", "1024", "--save-scores", before]
     for folder in (reward_folder, run):
         args = evaluate.parse_arguments([str(folder), *map(str, options)])
         assert evaluate.evaluate_pairs(args) == 0
@@ -463,7 +463,7 @@ def test_rewards_that_are_no_numbers_end_scoring(reward_folder, mesh, tmp_path):
     change_weights(**{"score.weight": weight})(reward_folder)
     data, out = tmp_path / "a.jsonl", tmp_path / "out"
     data.write_text(json.dumps({"id": "x", "prompt": "p", "chosen": "c", "rejected": "r"}) + "\n")
-    options = ["--data", str(data), "--no-critiques", "--json", str(out), "--scores", str(out)]
+    options = ["--data", str(data), "--no-critiques", "--json", str(out), "--save-scores", str(out)]
     with pytest.raises(CritiqueRMError, match="a.jsonl:1, pair x: the reward is nan"):
         evaluate.evaluate_pairs(evaluate.parse_arguments([str(reward_folder), *options]))
     assert not out.exists()

@@ -20,7 +20,7 @@ def commands() -> list[list[str]]:
     text = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
     for name in SCRIPTS:
         text += "\n" + (ROOT / f"{name}.py").read_text().split('"""')[1]
-    lines = re.split(r"\n|&&", text)
+    lines = re.split(r"\n|&&|>", text)
     found = [shlex.split(line, comments=True) for line in lines if re.match(r" *(python|torchrun|srun) ", line)]
     return [words[next(n for n, w in enumerate(words) if w.endswith(".py")) :] for words in found]
 

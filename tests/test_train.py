@@ -104,7 +104,7 @@ def test_gpu_computes_in_bf16_what_the_cpu_does_in_fp32(
     folder, scores = tmp_path / "run", tmp_path / "scores.jsonl"
     code, _, err = run_script("train.py", *small, "--out", folder)
     assert code == 0, err
-    code, _, err = run_script("evaluate.py", finished[0], "--data", test_file, "--scores", scores)
+    code, _, err = run_script("evaluate.py", finished[0], "--data", test_file, "--save-scores", scores)
     assert code == 0, err
     losses = [[row["loss"] for row in read_lines(f / "metrics.jsonl")] for f in (finished[0], folder)]
     files = finished[0] / "scores-test.jsonl", scores
