@@ -2011,9 +2011,7 @@ def choose_dtype(wanted: str, device: torch.device, hidden_size: int) -> torch.d
         is_fast = has_units and hidden_size >= NARROW
     all_fast = torch.tensor(is_fast, dtype=torch.int32)
     dist.all_reduce(all_fast, op=dist.ReduceOp.MIN)
-    dtype = torch.bfloat16 if all_fast else torch.float32
-    say(f"computing in {name_of(dtype)}")
-    return dtype
+    return torch.bfloat16 if all_fast else torch.float32
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -2188,6 +2186,7 @@ def build_model(
         model = make_model(config)
     trunk, head = trunk_and_head(model)
     model.compute_dtype = compute_dtype
+    say(f"computing in {name_of(compute_dtype)}")
     policy = fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     blocks = find_blocks(trunk)
     for block in blocks:
@@ -2199,6 +2198,36 @@ def build_model(
         head, mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)
     )
     return model
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compiles each block when it is first called: one code for all, for rows of any length.
+
+    The block's own computation alone: gathering weights and checkpointing stay outside of it.
+    """
+    trunk, _ = trunk_and_head(model)
+    for block in find_blocks(trunk):
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
+def warm_up(model: PreTrainedModel, share: bool) -> None:
+    """Compiles for training now, on shapes that do not follow the data.
+
+    What is generated depends on the first shapes that come. A run that goes on begins with others
+    than one that starts, and must compute the same to the bit. A collective call.
+
+    Raises CritiqueRMError where it cannot be compiled, as without a C++ compiler.
+    """
+    device = next(model.parameters()).device
+    ids = np.arange(64, dtype=np.int32) % model.config.vocab_size
+    row = [build_trie([ids], [0])]
+    advice = "--compile needs a model that torch can compile, and a C++ compiler; leave it out"
+    with explain(advice, Exception):  # of many kinds
+        for n_rows in (1, 2):  # one row is compiled apart
+            batch = collate([row] * n_rows, device)
+            compute_rewards(model, batch, share).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
 
 
 def keep_gathered(model: PreTrainedModel, keep: bool) -> None:
@@ -2636,12 +2665,13 @@ def load_reward_model(
     use_critiques: bool | None = None,
     max_length_tokens: int | None = None,
     dtype: str = "auto",
+    compiled: bool = False,
 ) -> tuple[PreTrainedModel, Encoder]:
     """Loads a reward model to score with: one of train.py's folders, or any like it.
 
     What the arguments leave open comes from the folder; a model of others is read with critiques,
     up to its longest input or 4,096 tokens, where its own class reads: at the last token its
-    template writes, or before it, if that is the one it takes for padding. `dtype` is one of DTYPES.
+    template writes, or before it, if that is the one it takes for padding. `dtype` is one of DTYPES; `compiled` pays for thousands of pairs.
     """
     device, mesh = start_processes()
     folder = find_model(folder)
@@ -2664,6 +2694,8 @@ def load_reward_model(
         say_where_read(folder, encoder)
     model = build_model(config, choose_dtype(dtype, device, config.hidden_size), mesh)
     read_weights(model, folder, device)
+    if compiled:
+        compile_blocks(model)
     return model.eval(), encoder
 
 

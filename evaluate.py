@@ -103,6 +103,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dtype", choices=rm.DTYPES, default="auto", help="to compute in; auto: bf16 if it is fast"
     )
+    add("--compile", action="store_true", help="compile the blocks: pays for thousands of pairs")
     add("--micro-batch-tokens", type=positive_int, default=4096, help="computed at once on a rank")
     add = parser.add_argument_group("table").add_argument
     add("--probe", choices=PROBES, action="append", default=[], help="another row; repeatable")
@@ -1411,7 +1412,11 @@ def score_single(args: argparse.Namespace) -> int:
 def load(args: argparse.Namespace):
     """The model of RUN and its encoder, as the arguments say."""
     return rm.load_reward_model(
-        args.run, False if args.no_critiques else None, args.max_length_tokens, args.dtype
+        args.run,
+        False if args.no_critiques else None,
+        args.max_length_tokens,
+        args.dtype,
+        args.compile,
     )
 
 

@@ -13,6 +13,7 @@ Hyper-parameters are ours: the paper's are not known to us.
 """
 
 import argparse
+import copy
 import fcntl
 import itertools
 import json
@@ -41,7 +42,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
 from torch.optim import Optimizer
 from tqdm import tqdm
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import critique_rm as rm
 from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore
@@ -89,7 +90,8 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add(
         "--dtype", choices=rm.DTYPES, default="auto", help="to compute in; auto: bf16 if it is fast"
     )
-    add("--micro-batch-tokens", type=positive_int, default=2048, help="computed at once on a rank")
+    add("--compile", action="store_true", help="compile the blocks: a minute, then faster steps")
+    add("--micro-batch-tokens", type=auto_or_positive, default="auto", help="at once on a rank")
     add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
     add("--shard-group", type=positive_int, help="processes that share a replica; None: all")
     add = parser.add_argument_group("run folder").add_argument
@@ -114,6 +116,10 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
         args.test = [] if args.train else [str(DATA / "test.jsonl")]
     args.train = args.train or str(DATA / "train.jsonl")
     return args
+
+
+def auto_or_positive(text: str) -> int | str:
+    return text if text == "auto" else positive_int(text)
 
 
 def positive_float(text: str) -> float:
@@ -326,6 +332,8 @@ def prepare_model(
         rm.say_where_read(args.model, encoder)
     torch.manual_seed(args.seed)  # a tiny model is small enough for every rank to draw the whole
     dtype = rm.choose_dtype(args.dtype, device, config.hidden_size)
+    if args.micro_batch_tokens == "auto":
+        args.micro_batch_tokens = choose_micro_batch(args, config, dtype, dist.get_world_size())
     model = rm.build_model(config, dtype, mesh, empty=not is_tiny)
     if is_tiny:
         rm.init_head(model, args.seed)
@@ -638,7 +646,7 @@ def check_saved(
     args: Namespace,
 ) -> None:
     """Loads what was saved and scores a few pairs again: a lost head must be noticed here."""
-    model, _ = rm.load_reward_model(str(folder), dtype=dtype)
+    model, _ = rm.load_reward_model(str(folder), dtype=dtype, compiled=args.compile)
     after = rm.score_pairs(model, sample, args.micro_batch_tokens)
     for old, new in zip(before, after):
         if abs(old.chosen_reward - new.chosen_reward) > 1e-4 * (1 + abs(old.chosen_reward)):
@@ -708,6 +716,9 @@ def summarize(folder: Path, results: dict[str, float]) -> dict:
 # Memory, before anything is loaded
 
 
+PROGRAM_BYTES = 0.4e9  # Python, torch and Transformers; a GPU does not hold them
+
+
 def plan(args: Namespace) -> dict[str, float | bool]:
     """The peak memory of a process, in GB, by what takes it; and whether the device has as much.
 
@@ -716,47 +727,87 @@ def plan(args: Namespace) -> dict[str, float | bool]:
     is longer is computed whole all the same.
     """
     device, _ = rm.start_processes()
-    n_shards = args.shard_group or args.nproc
-    if args.nproc % n_shards:
-        raise CritiqueRMError(f"{args.nproc} processes are not groups of {n_shards}")
-    on_gpu = bool(args.device_gb) or device.type == "cuda"
-    program = 0.0 if on_gpu else peak_memory_gb()  # a GPU does not hold the program
     config = tiny_config(args) if args.model == "tiny" else rm.load_config(args.model)
     if os.path.isdir(args.model):  # what could not be trained is not planned either
         rm.read_headers(rm.find_weights(args.model))
-    of_gpu = args.device_gb and args.dtype == "auto"
+    of_gpu = args.device_gb and args.dtype == "auto"  # one that may be elsewhere
     wanted = "bfloat16" if of_gpu else args.dtype
-    config.dtype = rm.choose_dtype(wanted, device, config.hidden_size)
-    tokens, n_bytes = args.micro_batch_tokens, config.dtype.itemsize
+    dtype = rm.choose_dtype(wanted, device, config.hidden_size)
+    n_tokens = args.micro_batch_tokens
+    if n_tokens == "auto":
+        n_tokens = choose_micro_batch(args, config, dtype, args.nproc)
+    parts = plan_bytes(args, config, dtype, n_tokens, args.nproc)
+    in_gb = {f"{name}_gb": round(size / 1e9, 3) for name, size in parts.items()}
+    return {"micro_batch_tokens": n_tokens} | in_gb | {"fits": fits(parts)}
+
+
+def choose_micro_batch(
+    args: Namespace, config: PreTrainedConfig, dtype: torch.dtype, n_processes: int
+) -> int:
+    """The tokens of `--micro-batch-tokens auto`: as many as save time, halved until they fit.
+
+    By the memory that the device has, not by what is free, so that the same command computes the
+    same. Equal on all ranks. A collective call.
+    """
+    device_type = "cuda" if plans_for_gpu(args) else "cpu"
+    n_tokens = rm.MICRO_BATCHES[device_type, rm.name_of(dtype)].largest_tokens
+    while n_tokens > 256 and not fits(plan_bytes(args, config, dtype, n_tokens, n_processes)):
+        n_tokens //= 2
+    of_all = torch.tensor(n_tokens)
+    dist.all_reduce(of_all, op=dist.ReduceOp.MIN)
+    return of_all.item()
+
+
+def plans_for_gpu(args: Namespace) -> bool:
+    return bool(args.device_gb) or torch.cuda.is_available()
+
+
+def fits(parts: dict[str, float]) -> bool:
+    return parts["total"] < 0.9 * parts["device"]  # allocators leave gaps
+
+
+def plan_bytes(
+    args: Namespace,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    n_tokens: int,
+    n_processes: int,
+) -> dict[str, float]:
+    """The peak memory of one of the processes in bytes, by what takes it, and the device's."""
+    n_shards = args.shard_group or n_processes
+    if n_processes % n_shards:
+        raise CritiqueRMError(f"{n_processes} processes are not groups of {n_shards}")
+    config = copy.deepcopy(config)
+    config.dtype = dtype
     problem = f"{args.model}: no model can be computed from its config.json"
     with rm.explain(problem, Exception), FakeTensorMode(), torch.device("cpu"):
         model = rm.make_model(config)
         trunk, head = rm.trunk_and_head(model)
         head.weight = torch.nn.Parameter(head.weight.float())
-        whole = activation_bytes(model, tokens, args.max_length_tokens)
+        whole = activation_bytes(model, n_tokens, args.max_length_tokens)
         kept = whole
         if args.activation_checkpointing:
             rm.set_mode(model, checkpointing=True)
-            kept = activation_bytes(model, tokens, args.max_length_tokens)
+            kept = activation_bytes(model, n_tokens, args.max_length_tokens)
         blocks = rm.find_blocks(trunk)
     n, block = (sum(p.numel() for p in m.parameters()) for m in (model, blocks[0]))
     root = n - block * len(blocks)
     parts = {
-        "program": program * 2**30,
+        "program": 0.0 if plans_for_gpu(args) else PROGRAM_BYTES,
         "parameters": 4 * n / n_shards,
         "gradients": 4 * n / n_shards,
         "optimizer": 8 * n / n_shards,
         # weights to compute with, and gradients: of a replica all, else (copied from what is
         # received) embedding and norm, a block, and the next one
-        "gathered": (n_bytes + 4) * n if n_shards == 1 else 2 * n_bytes * (root + block),
+        "gathered": (dtype.itemsize + 4) * n
+        if n_shards == 1
+        else 2 * dtype.itemsize * (root + block),
         # gradients of the largest group on their way to their shards: computed, sent, received
-        "reduced": (n_bytes + 8) * max(root, block),
+        "reduced": (dtype.itemsize + 8) * max(root, block),
         "activations": kept + whole / len(blocks),  # of all blocks, and of one that is gone through
     }
-    total, room = sum(parts.values()), (args.device_gb or memory_gb(args.nproc)) * 1e9
-    parts |= {"total": total, "device": room}
-    fits = {"fits": total < 0.9 * room}  # allocators leave gaps
-    return {f"{name}_gb": round(size / 1e9, 3) for name, size in parts.items()} | fits
+    room = (args.device_gb or memory_gb(n_processes)) * 1e9
+    return parts | {"total": sum(parts.values()), "device": room}
 
 
 def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> int:
@@ -813,7 +864,11 @@ def run(args: Namespace) -> dict:
         tests = {}
         for name in dict.fromkeys(args.test):
             tests[name] = encoder.encode_pairs(pairs[name], name, skip_bad=args.skip_bad)
-        rm.shares_prefixes(model, longest_sequence(training))  # once, of all, and before the folder
+        # once, of all pairs, before the folder is written to, and before anything is compiled
+        share = rm.shares_prefixes(model, longest_sequence(training))
+        if args.compile:
+            rm.compile_blocks(model)
+            rm.warm_up(model, share)
     except CritiqueRMError:
         lock.close()
         if not args.resume and not args.overwrite and dist.get_rank() == 0:

@@ -562,6 +562,22 @@ def test_a_plan_counts_what_a_real_model_keeps():
         train.plan(train.parse_arguments(["--nproc", "4", "--shard-group", "3"]))
 
 
+def test_micro_batches_fit_the_memory_of_the_device():
+    """Automatic sizes are halved until they fit, from the largest that saves time."""
+    small = ["--plan", "--max-length-tokens", "48"]
+    found = train.plan(train.parse_arguments(small))
+    assert found["micro_batch_tokens"] == 2048  # on a CPU
+    found = train.plan(train.parse_arguments([*small, "--device-gb", "80"]))
+    assert found["micro_batch_tokens"] == 16384 and found["fits"]  # on a GPU
+    room = str(found["total_gb"])  # of which the allocator leaves gaps
+    halved = train.plan(train.parse_arguments([*small, "--device-gb", room]))
+    assert halved["micro_batch_tokens"] == 8192 and halved["fits"]
+    whole = train.plan(
+        train.parse_arguments([*small, "--device-gb", room, "--micro-batch-tokens", "16384"])
+    )
+    assert whole["total_gb"] == found["total_gb"] and not whole["fits"]
+
+
 def test_training_computes_what_scoring_does(model_and_pairs):
     """No module is in training mode, where routers add noise, but those that checkpoint."""
     _, model, _ = model_and_pairs
@@ -583,6 +599,48 @@ def test_activation_checkpointing_does_not_change_the_gradient(model_and_pairs):
     model.activation_checkpointing_disable()
     rm.set_mode(model, checkpointing=False)
     assert checkpointed["grad_norm"] == plain["grad_norm"]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_compiled_blocks_compute_the_same_without_compiling_again(tmp_path, dtype, tolerance):
+    """Rewards and gradients, of rows of any number and length; two codes, for one row and more."""
+    args = train.parse_arguments(["--batch-pairs", "8", "--dtype", dtype])
+    pairs = rm.read_pairs(args.train)[:16]
+    model, encoder = train.prepare_model(args, tmp_path, pairs)
+    encoded = encoder.encode_pairs(pairs, "pairs")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def measure() -> dict[str, list[float]]:
+        found = {"loss": [], "margin": [], "grad_norm": []}
+        for n_tokens, step in ((300, encoded[:8]), (700, encoded[5:]), (2000, encoded[:3])):
+            args.micro_batch_tokens = n_tokens
+            row = train.train_step(model, optimizer, step, 0, args)
+            for name, values in found.items():
+                values.append(row[name])
+        return found
+
+    plain = measure()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    rm.compile_blocks(model)
+    rm.warm_up(model, share=True)
+    assert all(p.grad is None for p in model.parameters())
+    compiled = measure()
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    for name, values in plain.items():
+        assert compiled[name] == pytest.approx(values, rel=tolerance, abs=tolerance), name
+
+
+def test_compiling_without_a_compiler_is_one_line(tmp_path, small, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    code, _, err = run_script("train.py", *small, "--compile", "--out", tmp_path / "run")
+    last = err.splitlines()[-1]
+    assert code == 1 and last.startswith("train.py: --compile needs a model that torch can compile")
+    assert "C++ compiler" in last and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_pair_comes_once_an_epoch_in_an_order_of_seed_and_epoch():
