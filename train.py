@@ -12,6 +12,8 @@ Minimises −log σ(r(x, y⁺, c⁺) − r(x, y⁻, c⁻)), the Bradley-Terry lo
 Hyper-parameters are ours: the paper's are not known to us.
 """
 
+from __future__ import annotations
+
 import argparse
 import copy
 import fcntl
@@ -30,23 +32,25 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed import checkpoint as dcp
 from torch.optim import Optimizer
 from tqdm import tqdm
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import critique_rm as rm
 from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore
 from critique_rm import natural, positive_int, say
+from critique_rm import dcp, transformers  # imported when they are first used
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 Tests = dict[str, list[EncodedPair]]  # by file
 
@@ -271,7 +275,7 @@ def train_tokenizer(pairs: list[Pair], args: Namespace) -> PreTrainedTokenizerFa
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
         eos_token="<|end|>",
@@ -283,7 +287,7 @@ def train_tokenizer(pairs: list[Pair], args: Namespace) -> PreTrainedTokenizerFa
 
 
 def tiny_config(args: Namespace) -> LlamaConfig:
-    return LlamaConfig(
+    return transformers.LlamaConfig(
         vocab_size=4096,
         hidden_size=128,
         intermediate_size=384,
