@@ -1787,7 +1787,7 @@ class MicroBatches(NamedTuple):
 
 MICRO_BATCHES = {  # by device and dtype, measured by tests/bench_speed.py --charge; see README.md
     ("cpu", "float32"): MicroBatches(64, 2048),
-    ("cpu", "bfloat16"): MicroBatches(1024, 2048),
+    ("cpu", "bfloat16"): MicroBatches(256, 2048),
     ("cuda", "float32"): MicroBatches(2048, 16384),
     ("cuda", "bfloat16"): MicroBatches(2048, 16384),
 }

@@ -1,7 +1,8 @@
-"""Speed and memory of training and scoring beside TRL and transformers, on the machine at hand:
-fp32 on CPUs, bf16 with fp32 weights on a GPU.
+"""Speed and memory of training and scoring beside TRL and transformers, on the machine at hand, in
+the dtype that train.py chooses there.
 
     python tests/bench_speed.py --model DIR --pairs A --plain-pairs B --test C [--trl PYTHON]
+    python tests/bench_speed.py --model DIR --charge   # what one more micro-batch costs
     python tests/bench_speed.py            # the tiny model on some embedded pairs: does it all run?
 
 A and C have critiques, B is read without. PYTHON is the interpreter of an
@@ -9,7 +10,9 @@ environment with trl, datasets and accelerate. Prints a Markdown table.
 
 Machines are noisy, so what is compared alternates: a file is split in two by prompts, all sides work
 on the first part, then all on the second (the tiny model: on the first alone), each in a process of
-its own. Seconds are those of the loop: without loading, tokenizing for training, and saving.
+its own. Seconds are those of the loop: without loading, tokenizing for training, compiling, and
+saving. With --compile both sides also run compiled; TRL, which compiles in its first steps, then
+has its second epoch measured.
 """
 
 import argparse
@@ -27,6 +30,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import critique_rm as rm  # noqa: E402
+
 BATCH_PAIRS, PIPELINE_BATCH, N_CRITIQUES = 8, 8, 4
 
 
@@ -37,12 +43,15 @@ def main() -> None:
     parser.add_argument("--plain-pairs", default=ROOT / "data/test.jsonl", help="without critiques")
     parser.add_argument("--test", default=ROOT / "data/test.jsonl", help="to score")
     parser.add_argument("--trl", metavar="PYTHON", help="left out: without TRL")
-    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of our training")
+    parser.add_argument("--compile", action="store_true", help="both sides compiled, too")
+    parser.add_argument("--charge", action="store_true", help="of a micro-batch, alone")
     parser.add_argument("--micro-pairs", type=int, default=4, help="of TRL's")
     parser.add_argument("--halves", type=int, default=2, choices=(1, 2), help="of each file to use")
     parser.add_argument("--run", help="a finished run: its scoring alone is measured")
     args = parser.parse_args()
     args.n_parts = 1 if args.model == "tiny" else args.halves
+    if args.charge:
+        return measure_charge(args.model)
     with tempfile.TemporaryDirectory() as folder:
         print("| what | ours | beside | ratio |\n|---|---|---|---|", flush=True)
         if not args.run:
@@ -55,29 +64,45 @@ def compare_training(args: argparse.Namespace, folder: Path) -> None:
         ("with critiques", args.pairs, []),
         ("without", args.plain_pairs, ["--no-critiques"]),
     ):
-        flags = ["--micro-batch-tokens", args.micro_batch_tokens, *how]
 
-        def train_here(part: Path, n_processes: int = 1) -> dict:
-            return train(args.model, part, flags, part.with_suffix(f".{n_processes}"), n_processes)
+        def train_here(part: Path, n_processes: int = 1, *more: str) -> dict:
+            out = part.with_suffix(f".{n_processes}{''.join(more)}")
+            return train(args.model, part, [*how, *more], out, n_processes)
+
+        def train_there(part: Path, more: str = "") -> dict:
+            dtype = rm_dtype(args.model)
+            return call(args.trl, "train_with_trl", args.model, part, args.micro_pairs, dtype, more)
 
         sides = {"ours": train_here}
         if args.trl:
-            sides["trl"] = lambda part: call(
-                args.trl, "train_with_trl", args.model, part, args.micro_pairs
-            )
+            sides["trl"] = train_there
+        if args.compile:
+            sides["ours compiled"] = lambda part: train_here(part, 1, "--compile")
+        if args.compile and args.trl:
+            sides["trl compiled"] = lambda part: train_there(part, "compiled")
         if not how and device().type == "cpu":
             sides["two"] = lambda part: train_here(part, 2)
         found = alternate(sides, split(file, folder, name.partition(" ")[0])[: args.n_parts])
-        ours, trl, two = (found.get(side) for side in ("ours", "trl", "two"))
+        ours, two = found["ours"], found.get("two")
         report(f"padding, {name}", f"{1 - ours['tokens'] / ours['computed']:.1%}")
-        report(f"useful arithmetic / matrix products, {name}",
-               f"{ours['flop'] / ours['seconds'] / 1e9:.0f} GFLOP/s",
-               f"{ours['possible_flop'] / ours['seconds'] / 1e9:.0f} GFLOP/s",
-               ours["flop"] / ours["possible_flop"])
-        if trl:
-            report_rates(f"training, {name}: pairs/s against TRL", ours, trl)
-            report(f"training, {name}: peak memory against TRL", f"{ours['peak_gb']:.1f} GB",
-                   f"{trl['peak_gb']:.1f} GB", ours["peak_gb"] / trl["peak_gb"])
+        report(
+            f"useful arithmetic / matrix products, {name}",
+            f"{ours['flop'] / ours['seconds'] / 1e9:.0f} GFLOP/s",
+            f"{ours['possible_flop'] / ours['seconds'] / 1e9:.0f} GFLOP/s",
+            ours["flop"] / ours["possible_flop"],
+        )
+        for own_side in ("ours", "ours compiled"):
+            for side in ("trl", "trl compiled"):
+                if own_side in found and side in found:
+                    own, other = found[own_side], found[side]
+                    what = f"training, {name}: {own_side} against {side}"
+                    report_rates(f"{what}, pairs/s", own, other)
+                    report(
+                        f"{what}, peak memory",
+                        f"{own['peak_gb']:.1f} GB",
+                        f"{other['peak_gb']:.1f} GB",
+                        own["peak_gb"] / other["peak_gb"],
+                    )
         if two:
             report_rates("training: pairs/s, 2 processes of one thread against 1 of two", two, ours)
 
@@ -153,13 +178,17 @@ def train(model: str, part: Path, flags: list, out: Path, n_processes: int) -> d
     """train.py as its users call it, between two measurements of what the machine can do."""
     launcher = [sys.executable]
     if n_processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={n_processes}",
+        ]
     command = [*launcher, "train.py", "--model", model, "--train", part, "--out", out, *flags]
     command += ["--batch-pairs", BATCH_PAIRS, "--epochs", 1]
-    n_rows = flags[flags.index("--micro-batch-tokens") + 1]
-    before = matrix_product_rate(model, n_rows)
+    before = matrix_product_rate(model)
     done = subprocess.run(list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    after = matrix_product_rate(model, n_rows)
+    after = matrix_product_rate(model)
     if done.returncode:
         raise SystemExit(done.returncode)
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -176,15 +205,13 @@ def train(model: str, part: Path, flags: list, out: Path, n_processes: int) -> d
     }
 
 
-def matrix_product_rate(model: str, n_rows: int, seconds: float = 1.0) -> float:
+def matrix_product_rate(model: str, n_rows: int = 2048, seconds: float = 1.0) -> float:
     """FLOP/s of the largest matrix product of a block, for a micro-batch."""
-    import critique_rm as rm
-
     n_in, n_out = 128, 384
     if model != "tiny":
         config = rm.load_config(model)
         n_in, n_out = config.hidden_size, config.intermediate_size
-    kind = {"device": device(), "dtype": rm.compute_dtype(device())}
+    kind = {"device": device(), "dtype": getattr(torch, rm_dtype(model))}
     x, weight, n = torch.randn(n_rows, n_in, **kind), torch.randn(n_out, n_in, **kind), 0
     start = time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
@@ -195,6 +222,52 @@ def matrix_product_rate(model: str, n_rows: int, seconds: float = 1.0) -> float:
     return 2 * n_rows * n_in * n_out * n / passed
 
 
+def rm_dtype(model: str) -> str:
+    """The dtype that train.py computes the model in on this machine."""
+    rm.start_processes()
+    hidden_size = 128 if model == "tiny" else rm.load_config(model).hidden_size
+    return rm.name_of(rm.choose_dtype("auto", device(), hidden_size))
+
+
+def measure_charge(model: str) -> None:
+    """What one more micro-batch costs, in tokens: MICRO_BATCHES of critique_rm.py holds it.
+
+    Steps of 4,096 tokens are computed in micro-batches of 256 to 4,096 tokens, in rows of 256. The
+    line through their seconds, by the number of micro-batches, says what one more takes.
+    """
+    import numpy as np
+
+    import train as script
+
+    arguments = ["--model", model, "--max-length-tokens", "512"]
+    args = script.parse_arguments(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        reward_model, _ = script.prepare_model(args, Path(folder), rm.read_pairs(args.train))
+    optimizer = torch.optim.SGD(reward_model.parameters(), lr=0.0)
+    rng = np.random.default_rng(0)
+    rows = [rm.build_trie([rng.integers(3, 4000, 256).astype(np.int32)], [n]) for n in range(16)]
+    numbers = (1, 2, 4, 8, 16)
+    seconds = {n: [] for n in numbers}
+    for _ in range(4):
+        for n in numbers:
+            start = time.perf_counter()
+            for k in range(n):
+                rm.keep_gathered(reward_model, k < n - 1)
+                batch = rm.collate([[trie] for trie in rows[k::n]], device())
+                rm.compute_rewards(reward_model, batch, True).sum().backward()
+            norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
+            norm.full_tensor().item()
+            optimizer.zero_grad()
+            seconds[n].append(time.perf_counter() - start)
+    best = [min(values) for values in seconds.values()]
+    each, once = np.polyfit(numbers, best, 1)
+    name = rm.name_of(reward_model.compute_dtype)
+    print(
+        f"| {device().type}, {name} | one more micro-batch costs as much as "
+        f"{4096 * each / once:.0f} tokens | {', '.join(f'{s:.2f} s' for s in best)} |"
+    )
+
+
 def useful_flop(run: Path, part: Path) -> float:
     """What an epoch must compute: 6 for each weight and token of the tries, and exact attention.
 
@@ -203,8 +276,6 @@ def useful_flop(run: Path, part: Path) -> float:
     """
     from transformers import AutoModelForSequenceClassification
 
-    import critique_rm as rm
-
     config = rm.load_config(str(run))
     with torch.device("meta"):
         trunk, _ = rm.trunk_and_head(AutoModelForSequenceClassification.from_config(config))
@@ -212,7 +283,10 @@ def useful_flop(run: Path, part: Path) -> float:
     n_weights = sum(p.numel() for p in trunk.parameters()) - embedding
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = head * config.num_attention_heads * config.num_hidden_layers
-    longest, use_critiques = config.critique_rm["max_length_tokens"], config.critique_rm["critiques"]
+    longest, use_critiques = (
+        config.critique_rm["max_length_tokens"],
+        config.critique_rm["critiques"],
+    )
     encoder = rm.Encoder(rm.load_tokenizer(str(run)), longest, use_critiques)
     flop = 0.0
     for pair in encoder.encode_pairs(rm.read_pairs(str(part)), str(part)):
@@ -230,12 +304,12 @@ def call(python: str, function: str, *arguments: object) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def train_with_trl(model: str, file: str, micro_pairs: str) -> dict:
+def train_with_trl(model: str, file: str, micro_pairs: str, dtype: str, how: str) -> dict:
     """TRL's RewardTrainer on the same pairs in steps of the same size."""
     import resource
 
     from datasets import Dataset
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
     def conversation(row: dict, side: str) -> list[dict]:
@@ -252,10 +326,11 @@ def train_with_trl(model: str, file: str, micro_pairs: str) -> dict:
             output_dir=folder,
             per_device_train_batch_size=int(micro_pairs),
             gradient_accumulation_steps=BATCH_PAIRS // int(micro_pairs),
-            num_train_epochs=1,
+            num_train_epochs=2 if how == "compiled" else 1,
+            torch_compile=how == "compiled",
             learning_rate=1e-5,
             max_length=2048,
-            bf16=device().type == "cuda",
+            bf16=dtype == "bfloat16",
             use_cpu=device().type == "cpu",
             gradient_checkpointing=False,
             dataloader_pin_memory=False,
@@ -269,9 +344,15 @@ def train_with_trl(model: str, file: str, micro_pairs: str) -> dict:
             train_dataset=Dataset.from_list(data),
             processing_class=AutoTokenizer.from_pretrained(model),
         )
-        start = time.perf_counter()
+        started = []
+
+        class Clock(TrainerCallback):
+            def on_epoch_begin(self, *_, **__) -> None:
+                started.append(time.perf_counter())
+
+        trainer.add_callback(Clock())
         trainer.train()
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - started[-1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if device().type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -280,8 +361,6 @@ def train_with_trl(model: str, file: str, micro_pairs: str) -> dict:
 
 def score(run: str, file: str, how: str) -> dict:
     """Our scoring, tokenizing included; "alone" puts each sequence in a row of its own."""
-    import critique_rm as rm
-
     if how == "alone":
         rm.shares_prefixes = lambda model, longest: False
     model, encoder = rm.load_reward_model(run)
@@ -297,15 +376,13 @@ def score_with_pipeline(run: str, file: str) -> dict:
     """The text-classification pipeline of transformers on the same text, in the order of the file."""
     from transformers import pipeline
 
-    import critique_rm as rm
-
     encoder = rm.Encoder(rm.load_tokenizer(run), 2048, True)
     pairs, texts = rm.read_pairs(file), []
     for pair in pairs:
         for answer in pair.answers:
             text = answer.response + rm.SEPARATOR + answer.critiques[0]
             texts.append(encoder.render([*pair.prompt, rm.Message("assistant", text)]))
-    kind = {"device": device(), "dtype": rm.compute_dtype(device())}
+    kind = {"device": device(), "dtype": getattr(torch, rm_dtype(run))}
     scorer = pipeline("text-classification", run, **kind)
     start = time.perf_counter()
     with torch.no_grad():
