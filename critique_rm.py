@@ -467,6 +467,21 @@ def _without_more(prompt: Sequence[Message]) -> list[tuple]:
     return [tuple(message) if message.more else tuple(message)[:2] for message in prompt]
 
 
+def write_prompt(prompt: Sequence[Message]) -> dict[str, Any]:
+    """The fields of a record that say what is asked, as `read_pairs` takes them back.
+
+    The prompt is a text where it is no more than that.
+    """
+    turns = [message for message in prompt if message.role != "tools"]
+    tools = {}
+    if len(turns) < len(prompt):
+        tools["tools"] = json.loads(prompt[0].content)
+    is_plain = [message.role for message in turns] == ["user"] and not turns[0].more
+    is_plain = is_plain and bool(turns[0].content.strip())
+    text = turns[0].content if is_plain else [message.to_dict() for message in turns]
+    return tools | {"prompt": text}
+
+
 def digest_prompt(prompt: Sequence[Message]) -> str:
     """A hash to tell prompts apart."""
     return digest(_without_more(prompt))

@@ -793,7 +793,7 @@ def audit_critiques(
                         "id": pair.id,
                         "subset": pair.subset,
                         "side": side,
-                        "prompt": [message.to_dict() for message in pair.prompt],
+                        **rm.write_prompt(pair.prompt),
                         "response": answer.message.text,
                         "critique": critique,
                         "reward": reward,
@@ -1247,13 +1247,15 @@ def mark_misleading(rows: list[dict], pairs: list[Pair], audit: list[dict]) -> N
     shifts = {}
     for found in audit:
         if found["misleads"]:
-            key = rm.digest(found["prompt"], found["side"], found["response"], found["critique"])
+            asked = (found.get("tools"), found["prompt"])
+            key = rm.digest(*asked, found["side"], found["response"], found["critique"])
             shifts[key] = found["shift"]
     for row, pair in zip(rows, pairs):
-        prompt = [message.to_dict() for message in pair.prompt]
+        written = rm.write_prompt(pair.prompt)
+        asked = (written.get("tools"), written["prompt"])
         for side in rm.SIDES:
             response, critiques = row[side]["response"], row[side]["critiques"]
-            keys = [rm.digest(prompt, side, response, critique) for critique in critiques]
+            keys = [rm.digest(*asked, side, response, critique) for critique in critiques]
             row[side]["misleads"] = [shifts.get(key) for key in keys]
 
 

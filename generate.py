@@ -62,6 +62,7 @@ from critique_rm import (
     say,
     stream_pairs_or_answers,
     sync_folder,
+    write_prompt,
 )
 
 INSTRUCTIONS = {
@@ -1363,7 +1364,11 @@ def tell_record(item: Pair | Answer) -> tuple[str, str]:
 
 def build_answer(answer: Answer, found: list[str], n_critiques: int) -> dict:
     """A line of OUT: a single answer with its critiques."""
-    row = {"id": answer.id} | build_prompt(answer) | {"response": write_response(answer.message)}
+    row = (
+        {"id": answer.id}
+        | write_prompt(answer.prompt)
+        | {"response": write_response(answer.message)}
+    )
     critique = found if n_critiques > 1 else "".join(found)
     return row | ({"critique": critique} if critique else {})
 
@@ -1372,7 +1377,7 @@ def build_critiques(rows: list[tuple[Pair, dict[str, list[str]]]], n_critiques: 
     """A line of OUT: a pair, or the lists of responses of its record, with what was answered."""
     first, _ = rows[0]
     row = {"id": first.group or first.id} | ({"subset": first.subset} if first.subset else {})
-    row |= build_prompt(first)
+    row |= write_prompt(first.prompt)
     critiques = {}
     for side in ASKED_SIDES["critique"]:
         answered = {}  # once each, by its place in the list
@@ -1385,18 +1390,6 @@ def build_critiques(rows: list[tuple[Pair, dict[str, list[str]]]], n_critiques: 
         if any(texts):
             critiques[f"{side}_critique"] = [t or None for t in texts] if first.group else texts[0]
     return row | critiques | ({"margin": first.margin} if first.margin else {})
-
-
-def build_prompt(item: Pair | Answer) -> dict:
-    """The fields of OUT that say what is asked: the prompt, as text where it is no more than that."""
-    turns = [message for message in item.prompt if message.role != "tools"]
-    tools = {}
-    if len(turns) < len(item.prompt):
-        tools["tools"] = json.loads(item.prompt[0].content)
-    is_plain = [message.role for message in turns] == ["user"] and not turns[0].more
-    is_plain = is_plain and bool(turns[0].content.strip())
-    prompt = turns[0].content if is_plain else [message.to_dict() for message in turns]
-    return tools | {"prompt": prompt}
 
 
 def write_response(message: Message) -> str | list[dict]:

@@ -48,14 +48,14 @@ shuffle() { # OUT SHARE SEED: the critiques of that share of the responses are e
     PYTHONPATH=$here python - "$@" "$train" "${tests[@]}" 2>> "$out/log" <<'PYTHON'
 import json, sys
 from pathlib import Path
-from critique_rm import read_pairs, replace_file
+from critique_rm import read_pairs, replace_file, write_prompt
 from evaluate import shuffle_critiques
 
 path, share, seed, *sources = sys.argv[1:]
 rows = []
 for source in sources:
     for pair in shuffle_critiques(read_pairs(source), int(seed), float(share)):
-        row = {"id": pair.id, "prompt": [message._asdict() for message in pair.prompt]}
+        row = {"id": pair.id} | write_prompt(pair.prompt)
         for side, answer in zip(("chosen", "rejected"), pair.answers):
             row |= {side: answer.response, f"{side}_critique": answer.critiques}
         rows.append(json.dumps(row) + "\n")

@@ -15,7 +15,7 @@ import pytest
 import evaluate
 import generate
 from conftest import run_script
-from critique_rm import CritiqueRMError, Message, Pair, PairScore, read_pairs
+from critique_rm import CritiqueRMError, Message, Pair, PairScore, read_answers, read_pairs
 from test_generate import Server, completion
 
 ROOT = Path(__file__).parent.parent
@@ -433,6 +433,22 @@ def audited_page(with_audit: bool = True) -> str:
         plain.append(PairScore(pair.id, "p", "", 1.0, 0.5, 1, 1, None, None))
     audit = evaluate.audit_critiques(pairs, scores, plain) if with_audit else None
     return evaluate.to_html(["| a |"], pairs, scores, audit=audit)
+
+
+def test_an_audit_of_prompts_with_tools_is_read_back(tmp_path):
+    """Else the critiques that it keeps could not be given to train.py."""
+    row = {"id": "a", "prompt": "Q", "tools": [{"name": "weather"}], "chosen": "c", "rejected": "r"}
+    row |= {"chosen_critique": "good", "rejected_critique": "bad"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row))
+    pairs = read_pairs(str(path))
+    scored = replace(score("a", 1.0), chosen_rewards=[1.0], rejected_rewards=[0.0])
+    audit = evaluate.audit_critiques(pairs, [scored], [scored])
+    path = tmp_path / "audit.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in audit))
+    answers = read_answers(str(path))
+    assert [answer.prompt for answer in answers] == [pairs[0].prompt] * 2
+    assert [answer.critiques for answer in answers] == [("good",), ("bad",)]
 
 
 def page_data(page: str) -> dict:
