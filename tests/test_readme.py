@@ -17,7 +17,8 @@ SCRIPTS = ("train", "generate", "evaluate")
 
 
 def commands() -> list[list[str]]:
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    pages = "\n".join(path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", pages, re.DOTALL))
     for name in SCRIPTS:
         text += "\n" + (ROOT / f"{name}.py").read_text().split('"""')[1]
     lines = re.split(r"\n|&&|>", text)
@@ -31,11 +32,14 @@ def test_documented_command_is_accepted(words, monkeypatch, tmp_path):
     Path("verdicts.jsonl").touch()
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
     script, *arguments = words
+    if script.startswith("tests/"):
+        assert (ROOT / script).exists()
+        return
     importlib.import_module(script.removesuffix(".py")).parse_arguments(arguments)
 
 
 def test_commands_of_all_scripts_are_documented():
-    assert {words[0] for words in commands()} == {f"{name}.py" for name in SCRIPTS}
+    assert {words[0] for words in commands()} >= {f"{name}.py" for name in SCRIPTS}
 
 
 def test_files_named_in_the_readme_exist():
@@ -53,7 +57,7 @@ def test_the_readme_names_each_format_that_is_read():
     assert {*critique_rm.LABELLED} <= named <= tested
 
 
-@pytest.mark.parametrize("name", ["bench_generate", "bench_speed", "kill_generate", "kill_train"])
+@pytest.mark.parametrize("name", ["bench_generate", "bench_speed", "kill_generate", "kill_train", "try_vllm"])
 def test_measuring_scripts_start(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as ended:
