@@ -290,6 +290,41 @@ def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Diffe
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Plain pairs that one pair with critiques is worth, and the ends of the 95 % interval.
+
+    0 is less than the smallest number that was measured, None more than the largest.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    smallest: float  # measured numbers of plain pairs, for each pair with critiques
+    largest: float
+
+    def __str__(self) -> str:
+        return f"{self._show(self.value)} ({self._show(self.low)} to {self._show(self.high)})"
+
+    def _show(self, worth: float | None) -> str:
+        """Never beyond what was measured."""
+        if worth is None:
+            return f"more than {self.largest:.3g}"
+        return f"less than {self.smallest:.3g}" if worth == 0 else f"{worth:.3g}"
+
+
+@dataclass(frozen=True)
 class Point:
     """One point of a learning curve: mean accuracy over seeds after training on so many pairs."""
 
@@ -301,8 +336,8 @@ class Point:
     accuracy: float
     low: float | None  # ends of the 95 % interval
     high: float | None
-    more_than_none: str = ""  # accuracy, after as many pairs; both with their 95 % interval
-    worth_in_plain_pairs: str = ""  # of one pair with critiques
+    more_than_none: Estimate | None = None  # accuracy, after as many pairs
+    worth_in_plain_pairs: Worth | None = None
 
 
 Runs = dict[tuple[str, int], dict[int, list[PairScore]]]
@@ -340,38 +375,10 @@ def read_curve(folders: Sequence[str]) -> dict[str, Runs]:
 
 
 def measure_curve(test: str, runs: Runs, seed: int) -> list[Point]:
-    """The points of all curves on one test file, and what critiques add and are worth.
-
-    Prompts and seeds are resampled, for all runs with the same seeds alike, so that the intervals
-    of a difference and of the worth are paired ones.
-    Of n seeds n - 1 are drawn, which makes the variance of their mean the unbiased one (McCarthy &
-    Snowden 1985); with n drawn, three seeds would look a third less different than they are.
-    """
+    """The points of all curves on one test file, and what critiques add and are worth."""
     runs = dict(sorted(runs.items(), key=lambda item: (item[0][0] != "none", item[0])))
-    every = [scores for by_seed in runs.values() for scores in by_seed.values()]
-    kept = set.intersection(*({(s.id, s.prompt_id) for s in scores} for scores in every))
-    first = [s for s in every[0] if (s.id, s.prompt_id) in kept]
-    if n_left_out := max(map(len, every)) - len(first):
-        say(f"{test}: {n_left_out} pairs are left out, as some run has not scored them")
-    if not first:
-        raise CritiqueRMError(f"the runs have no pair of {test} in common; give them one test file")
-    _, cluster = np.unique([s.prompt_id for s in first], return_inverse=True)
-    n_in_cluster = np.bincount(cluster)
-
-    def draw(n: int, n_drawn: int, seed: int) -> np.ndarray:  # the first is the data itself
-        return np.stack([np.ones(n, int), *resample(n, n_drawn, seed)])
-
-    prompts = draw(len(n_in_cluster), len(n_in_cluster), seed)
-    accuracy = {}  # (1 + N_RESAMPLES,) each
-    for key, by_seed in runs.items():
-        right = [
-            {s.id: s.chosen_reward > s.rejected_reward for s in scores}
-            for _, scores in sorted(by_seed.items())
-        ]
-        n_right = [np.bincount(cluster, [one[s.id] for s in first]) for one in right]
-        by_run = prompts @ np.transpose(n_right) / (prompts @ n_in_cluster)[:, None]
-        seeds = draw(len(right), max(1, len(right) - 1), seed + 1)
-        accuracy[key] = (by_run * seeds).sum(1) / seeds.sum(1)
+    common = find_common_pairs(test, runs)
+    accuracy = resample_accuracy(runs, common, seed)
     if any(len(by_seed) == 1 for by_seed in runs.values()):
         say(f"{test}: the interval of a single seed is over prompts alone; seeds differ, run more")
     plain = {size: values for (critiques, size), values in accuracy.items() if critiques == "none"}
@@ -379,32 +386,89 @@ def measure_curve(test: str, runs: Runs, seed: int) -> list[Point]:
     for (critiques, size), values in accuracy.items():
         low, high = percentile_interval(values[1:])
         if low is None:
-            low, high = exact_interval(values[0], len(n_in_cluster))
-        more = worth = ""
+            n_prompts = len({score.prompt_id for score in common})
+            low, high = exact_interval(values[0], n_prompts)
+        more = worth = None
         if critiques != "none" and size in plain:
-            more = "{:+.3f} ({:+.3f} to {:+.3f})".format(*middle(values - plain[size]))
+            more = estimate(values - plain[size])
         if critiques != "none" and len(plain) > 1:
             worth = measure_worth(values, size, plain)
-        counts = len(runs[critiques, size]), len(first)
-        points.append(
-            Point(test, critiques, size, *counts, float(values[0]), low, high, more, worth)
+        point = Point(
+            test=test,
+            critiques=critiques,
+            training_pairs=size,
+            seeds=len(runs[critiques, size]),
+            test_pairs=len(common),
+            accuracy=float(values[0]),
+            low=low,
+            high=high,
+            more_than_none=more,
+            worth_in_plain_pairs=worth,
         )
+        points.append(point)
     return points
 
 
-def middle(values: np.ndarray, **how: str) -> tuple[float, float, float]:
-    """The first value, which is that of the data, and the middle 95 % of the resamples'."""
-    return values[0], *np.quantile(values[1:], [0.025, 0.975], **how)
+def find_common_pairs(test: str, runs: Runs) -> list[PairScore]:
+    """The scores of one run for the pairs that all runs have scored."""
+    all_scores = [scores for by_seed in runs.values() for scores in by_seed.values()]
+    pairs_of_runs = [{(s.id, s.prompt_id) for s in scores} for scores in all_scores]
+    in_all = set.intersection(*pairs_of_runs)
+    common = [s for s in all_scores[0] if (s.id, s.prompt_id) in in_all]
+    n_left_out = max(map(len, all_scores)) - len(common)
+    if n_left_out:
+        say(f"{test}: {n_left_out} pairs are left out, as some run has not scored them")
+    if not common:
+        raise CritiqueRMError(f"the runs have no pair of {test} in common; give them one test file")
+    return common
 
 
-def measure_worth(values: np.ndarray, n_pairs: int, plain: dict[int, np.ndarray]) -> str:
+def resample_accuracy(
+    runs: Runs, common: list[PairScore], seed: int
+) -> dict[tuple[str, int], np.ndarray]:
+    """For each point the mean accuracy over seeds: of the data, then of N_RESAMPLES resamples.
+
+    Prompts and seeds are resampled, for all runs with the same seeds alike, so that the intervals
+    of a difference and of the worth are paired ones.
+    Of n seeds n - 1 are drawn, which makes the variance of their mean the unbiased one (McCarthy &
+    Snowden 1985); with n drawn, three seeds would look a third less different than they are.
+    """
+    _, prompt = np.unique([score.prompt_id for score in common], return_inverse=True)
+    n_pairs = np.bincount(prompt)  # (P,) of each prompt
+    prompt_draws = data_and_resamples(len(n_pairs), len(n_pairs), seed)  # (1 + N_RESAMPLES, P)
+    accuracy = {}
+    for key, by_seed in runs.items():
+        n_correct = []  # of each seed, by prompt
+        for _, scores in sorted(by_seed.items()):
+            correct = {s.id: s.chosen_reward > s.rejected_reward for s in scores}
+            n_correct.append(np.bincount(prompt, [correct[score.id] for score in common]))
+        by_draw = prompt_draws @ np.transpose(n_correct)  # (1 + N_RESAMPLES, seeds)
+        by_draw = by_draw / (prompt_draws @ n_pairs)[:, None]
+        n_drawn = max(1, len(by_seed) - 1)
+        seed_draws = data_and_resamples(len(by_seed), n_drawn, seed + 1)
+        accuracy[key] = (by_draw * seed_draws).sum(1) / seed_draws.sum(1)
+    return accuracy
+
+
+def data_and_resamples(n: int, n_drawn: int, seed: int) -> np.ndarray:
+    """How often each of n comes in the data, once, and in the resamples, (1 + N_RESAMPLES, n)."""
+    return np.stack([np.ones(n, int), *resample(n, n_drawn, seed)])
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """The value of the data, which comes first, and the middle 95 % of the resamples'."""
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def measure_worth(values: np.ndarray, n_pairs: int, plain: dict[int, np.ndarray]) -> Worth:
     """How many plain pairs give the accuracy of `n_pairs` with critiques, over `n_pairs`."""
-    sizes, curves = list(plain), np.stack(list(plain.values()), 1)  # (1 + N_RESAMPLES, points)
+    sizes = list(plain)
+    curves = np.stack(list(plain.values()), 1)  # (1 + N_RESAMPLES, sizes)
     found = [equal_pairs(value, sizes, curve) / n_pairs for value, curve in zip(values, curves)]
-    limits = sizes[0] / n_pairs, sizes[-1] / n_pairs
-    return "{} ({} to {})".format(
-        *(show_worth(x, *limits) for x in middle(found, method="nearest"))
-    )
+    low, high = np.quantile(found[1:], [0.025, 0.975], method="nearest")
+    ends = [None if worth == np.inf else float(worth) for worth in (found[0], low, high)]
+    return Worth(*ends, smallest=sizes[0] / n_pairs, largest=sizes[-1] / n_pairs)
 
 
 def equal_pairs(accuracy: float, sizes: Sequence[int], curve: np.ndarray) -> float:
@@ -416,13 +480,6 @@ def equal_pairs(accuracy: float, sizes: Sequence[int], curve: np.ndarray) -> flo
         return float(sizes[0]) if curve[0] == accuracy else 0.0
     share = (accuracy - curve[k - 1]) / (curve[k] - curve[k - 1])
     return float(sizes[k - 1] * (sizes[k] / sizes[k - 1]) ** share)
-
-
-def show_worth(worth: float, lowest: float, highest: float) -> str:
-    """Never beyond what was measured."""
-    if worth == 0:
-        return f"less than {lowest:.3g}"
-    return f"more than {highest:.3g}" if worth == np.inf else f"{worth:.3g}"
 
 
 def plot_curve(points: Sequence[Point], path: str) -> None:
@@ -452,7 +509,7 @@ def plot_curve(points: Sequence[Point], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_margins(scores: list[PairScore]) -> str:
+def plot_margins(scores: list[PairScore]) -> str:
     """What margins go with: length, and being right. A picture as URL, empty without matplotlib."""
     if (pyplot := load_pyplot()) is None:
         return ""
@@ -1305,7 +1362,7 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
         tables.append(show_audit(audit))
     if args.html:
         blocks = "\n\n".join(tables).split("\n\n")
-        page = to_html(blocks, scored, scores, draw_margins(scores), audit)
+        page = to_html(blocks, scored, scores, plot_margins(scores), audit)
         rm.replace_file(Path(args.html), page)
     if args.json:
         table = description | {"rows": [asdict(row) for row in rows], "robustness": robustness}
@@ -1355,7 +1412,7 @@ def compare_scores(args: argparse.Namespace) -> int:
     return 0
 
 
-def draw_curve(args: argparse.Namespace) -> int:
+def print_curves(args: argparse.Namespace) -> int:
     """Prints the learning curves of the runs of --curve."""
     tests = read_curve(args.curve).items()
     points = [point for test, runs in tests for point in measure_curve(test, runs, args.seed)]
@@ -1426,7 +1483,7 @@ def main() -> int:
     args = parse_arguments()
     try:
         if args.compare or args.curve:
-            return compare_scores(args) if args.compare else draw_curve(args)
+            return compare_scores(args) if args.compare else print_curves(args)
         code = evaluate_pairs(args) if args.data else score_single(args)
     except (CritiqueRMError, OSError) as error:
         rm.say_error("evaluate.py", error)

@@ -304,8 +304,8 @@ def test_equal_pairs_by_hand():
     assert evaluate.equal_pairs(0.4, sizes, curve) == 0
     assert evaluate.equal_pairs(0.9, sizes, curve) == np.inf
     assert evaluate.equal_pairs(0.6, sizes, np.array([0.6, 0.5, 0.7])) == 10  # the first, not 316
-    assert evaluate.show_worth(np.inf, 0.1, 12.5) == "more than 12.5"
-    assert evaluate.show_worth(0, 0.1, 12.5) == "less than 0.1"
+    worth = evaluate.Worth(None, 0.0, 3.0, smallest=0.1, largest=12.5)
+    assert str(worth) == "more than 12.5 (less than 0.1 to 3)"
 
 
 def test_a_curve_by_hand(capsys, tmp_path):
@@ -326,10 +326,12 @@ def test_a_curve_by_hand(capsys, tmp_path):
     assert [p.accuracy for p in points] == pytest.approx([0.5, 0.75, 0.625, 0.975])
     assert [p.seeds for p in points] == [1, 1, 2, 1]
     worth = [p.worth_in_plain_pairs for p in points]
-    assert worth[0] == "" and worth[2].startswith("10 (")  # 10**2 pairs over 10
-    assert worth[3] == "more than 1 (more than 1 to more than 1)"
+    assert worth[0] is None and worth[2].value == pytest.approx(10)  # 10**2 pairs over 10
+    assert worth[3] == evaluate.Worth(None, None, None, smallest=0.01, largest=1.0)
+    assert str(worth[3]) == "more than 1 (more than 1 to more than 1)"
     assert points[0].low < 0.5 < points[0].high
-    assert [p.more_than_none[:6] for p in points] == ["", "", "+0.125", "+0.225"]
+    assert [p.more_than_none for p in points[:2]] == [None, None]
+    assert [p.more_than_none.value for p in points[2:]] == pytest.approx([0.125, 0.225])
     assert "| t | weak | 10 | 2 | 40 | 0.6250 |" in evaluate.to_markdown(points)
     if evaluate.load_pyplot():
         evaluate.plot_curve(points, str(tmp_path / "curve.png"))
@@ -344,7 +346,7 @@ def test_the_difference_of_two_curves_is_paired():
 
     runs = {("a", 9): {0: right(9), 1: right(31)}, ("none", 9): {0: right(8), 1: right(30)}}
     _, point = evaluate.measure_curve("t", runs, seed=0)
-    assert point.more_than_none == "+0.025 (+0.000 to +0.075)"
+    assert str(point.more_than_none) == "+0.025 (+0.000 to +0.075)"
 
 
 def test_the_interval_of_a_curve_holds_the_luck_of_seeds():
@@ -369,22 +371,22 @@ def test_a_curve_reads_what_train_leaves(finished, capsys, tmp_path):
     shutil.copytree(folder, copy := tmp_path / "copy")
     arguments = evaluate.parse_arguments(["--curve", str(folder), str(copy)])
     with pytest.raises(CritiqueRMError, match="copy: another run has its seed, pairs and critiques"):
-        evaluate.draw_curve(arguments)
+        evaluate.print_curves(arguments)
     record = json.loads((folder / "run.json").read_text())
     older = {name: value for name, value in record.items() if name != "training_pairs"}
     (copy / "run.json").write_text(json.dumps(older))
     with pytest.raises(CritiqueRMError, match="copy: not a finished run, or one of an older"):
-        evaluate.draw_curve(arguments)
+        evaluate.print_curves(arguments)
     record["arguments"]["seed"] = 1
     (copy / "run.json").write_text(json.dumps(record))
-    assert evaluate.draw_curve(arguments) == 0
+    assert evaluate.print_curves(arguments) == 0
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
     assert f"| test | of the data | 10 | 2 | 12 | {accuracy:.4f} |" in capsys.readouterr().out
     for name, value in ("lr", 1.0), ("train", "other.jsonl"):
         changed = record | {"arguments": record["arguments"] | {name: value}}
         (copy / "run.json").write_text(json.dumps(changed))
         with pytest.raises(CritiqueRMError, match=f"copy: trained with .*'{name}': {value!r}"):
-            evaluate.draw_curve(arguments)
+            evaluate.print_curves(arguments)
 
 
 def test_the_page_holds_the_data_as_text_that_cannot_end_its_script():
@@ -500,10 +502,10 @@ def test_the_script_of_the_page_shows_the_marks_as_text(with_audit, tmp_path):
 def test_the_page_shows_margins_where_matplotlib_is(monkeypatch):
     scores = [score(n, margin, words=(n, 2)) for n, margin in enumerate([2.0, -1.0, 0.5])]
     if evaluate.load_pyplot():
-        picture = base64.b64decode(evaluate.draw_margins(scores).partition(",")[2])
+        picture = base64.b64decode(evaluate.plot_margins(scores).partition(",")[2])
         assert picture.startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert evaluate.draw_margins(scores) == ""
+    assert evaluate.plot_margins(scores) == ""
     with pytest.raises(CritiqueRMError, match="pip install matplotlib"):
         evaluate.plot_curve([], "curve.png")
 
