@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fcntl
+import gc
 import itertools
 import json
 import math
@@ -31,15 +32,17 @@ import zlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import safetensors.torch
 import tokenizers
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -47,7 +50,7 @@ from tqdm import tqdm
 import critique_rm as rm
 from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore
 from critique_rm import natural, positive_int, say
-from critique_rm import dcp, transformers  # imported when they are first used
+from critique_rm import dcp, dtensor, transformers  # imported when they are first used
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -87,7 +90,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive_int, help="None: 3 for tiny, else 1")
     add("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
-    add("--lr", type=positive_float, help="at its peak; None: 1e-3 for tiny, else 1e-5")
+    add("--lr", type=positive_float, help="at its peak; None: 1e-3 for tiny, 1e-4 for LoRA, 1e-5")
     add("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
     add("--average-critiques", action="store_true", help="mean reward, not one drawn an epoch")
     add("--seed", type=natural, default=0, help="of data order, head and tiny model")
@@ -98,6 +101,8 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--micro-batch-tokens", type=auto_or_positive, default="auto", help="at once on a rank")
     add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
     add("--shard-group", type=positive_int, help="processes that share a replica; None: all")
+    add("--lora-rank", type=positive_int, help="train adapters of this rank; None: all weights")
+    add("--lora-alpha", type=positive_float, help="adapters count alpha / rank; None: 2 ranks")
     add = parser.add_argument_group("run folder").add_argument
     add("--out", help="folder to write; None: the next free runs/NNN")
     add("--resume", action="store_true", help="continue the run in --out")
@@ -111,11 +116,17 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     if args.new_head and args.model == "tiny":
         parser.error("--new-head goes with --model")
+    if args.lora_rank and args.model == "tiny":
+        parser.error("--lora-rank goes with --model: adapters need weights to adapt")
+    if args.lora_alpha and not args.lora_rank:
+        parser.error("--lora-alpha goes with --lora-rank")
     if args.resume and (args.overwrite or not args.out):
         parser.error("--resume needs --out, and does not go with --overwrite")
     tiny = args.model == "tiny"
     args.epochs = args.epochs or (3 if tiny else 1)
-    args.lr = args.lr if args.lr is not None else (1e-3 if tiny else 1e-5)
+    args.lr = args.lr or (1e-3 if tiny else 1e-4 if args.lora_rank else 1e-5)
+    if args.lora_rank and not args.lora_alpha:
+        args.lora_alpha = 2.0 * args.lora_rank
     if args.test is None:
         args.test = [] if args.train else [str(DATA / "test.jsonl")]
     args.train = args.train or str(DATA / "train.jsonl")
@@ -202,9 +213,13 @@ def lock_folder(folder: Path):
     return lock
 
 
-def check_disk(folder: Path, n_parameters: int) -> None:
-    """There must be room for three checkpoints of weights and optimizer; two are kept."""
-    needed = 3 * 12 * n_parameters
+def check_disk(folder: Path, model: PreTrainedModel) -> None:
+    """There must be room for three checkpoints of weights and optimizer; two are kept.
+
+    Where most weights are frozen the result is larger than the checkpoints.
+    """
+    n_frozen, n_trained = count_parameters(model)
+    needed = 3 * 12 * n_trained + 4 * n_frozen
     here = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*"))
     if (free := shutil.disk_usage(folder).free + here) < needed:
         raise CritiqueRMError(
@@ -216,10 +231,15 @@ def check_disk(folder: Path, n_parameters: int) -> None:
 def describe(
     args: Namespace, data: dict[str, list[Pair]], model: PreTrainedModel, encoder: Encoder
 ) -> dict:
-    """What must be the same for a run to be the same run, and with what it ran."""
+    """What must be the same for a run to be the same run, and with what it ran.
+
+    Checkpoints of adapters are nothing without the weights they adapt. A collective call.
+    """
+    base = checksums(Path(model.base_folder)) if args.lora_rank else None
     return {
         "arguments": vars(args),
         "data": digest_data(data),
+        "base": base,
         "template": rm.digest(encoder.tokenizer.chat_template, rm.SEPARATOR),
         "dtype": rm.name_of(model.compute_dtype),
         "versions": {"python": platform.python_version()}
@@ -243,6 +263,8 @@ def check_same_run(old: dict, new: dict) -> None:
                 named[f"arguments {name!r}"] = value
         for name, value in run["data"].items():
             named[f"data {name!r}"] = value
+        for name, value in (run.get("base") or {}).items():
+            named[f"the checksum of the model's {name}"] = value
         return named
 
     before, now = settings(old), settings(new)
@@ -338,13 +360,148 @@ def prepare_model(
     dtype = rm.choose_dtype(args.dtype, device, config.hidden_size)
     if args.micro_batch_tokens == "auto":
         args.micro_batch_tokens = choose_micro_batch(args, config, dtype, dist.get_world_size())
-    model = rm.build_model(config, dtype, mesh, empty=not is_tiny)
+    change = partial(add_adapters, args=args) if args.lora_rank else None
+    model = rm.build_model(config, dtype, mesh, empty=not is_tiny, change=change)
+    model.base_folder = source
     if is_tiny:
         rm.init_head(model, args.seed)
     else:
         rm.read_weights(model, source, device, args.seed, args.new_head)
+        init_adapters(model, args.seed)
     rm.set_mode(model, args.activation_checkpointing)
     return model, encoder
+
+
+# --------------------------------------------------------------------------------------------------
+# Low-rank adapters
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer and its adapter: y = W x + (α/R) B A x (Hu et al. 2021, arXiv 2106.09685).
+
+    W (H_out, H_in) is frozen. A (R, H_in) and B (H_out, R) are trained, and far smaller: a layer of
+    4,096 x 4,096 has 16.8 million weights, its adapter of rank 16 has 131,072. Their product changes
+    W by any matrix of rank R. α/R keeps the size of the change, and with it the learning rate to
+    choose, about the same for any rank.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scale = alpha / rank
+        n_outputs, n_inputs = linear.weight.shape
+        empty = partial(torch.empty, dtype=torch.float32, device=linear.weight.device)
+        self.lora_a = nn.Parameter(empty(rank, n_inputs))
+        self.lora_b = nn.Parameter(empty(n_outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = nn.functional.linear(x, self.lora_a)  # (..., R)
+        change = nn.functional.linear(self.scale * low, self.lora_b)  # (..., H_out)
+        return nn.functional.linear(x, self.weight, self.bias) + change
+
+
+def add_adapters(model: PreTrainedModel, args: Namespace) -> None:
+    """Freezes the trunk and gives each linear layer of its blocks an adapter, not yet filled."""
+    rm.freeze(model)
+    trunk, _ = rm.trunk_and_head(model)
+    for block in rm.find_blocks(trunk):
+        for path, module in list(block.named_modules()):
+            if type(module) is nn.Linear:
+                adapted = AdaptedLinear(module, args.lora_rank, args.lora_alpha)
+                block.set_submodule(path, adapted)
+    if not adapted_layers(model):
+        raise CritiqueRMError(
+            f"the blocks of a {model.config.model_type} model have no layer of torch.nn.Linear for "
+            "--lora-rank to adapt; train all weights, or take another model"
+        )
+
+
+def adapted_layers(model: PreTrainedModel) -> dict[str, AdaptedLinear]:
+    """The layers with an adapter, by name; none where all weights are trained."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+
+
+@torch.no_grad()
+def init_adapters(model: PreTrainedModel, seed: int) -> None:
+    """Draws A from U(−1/√H_in, 1/√H_in) and sets B to zero: training starts at the model itself.
+
+    The paper's A is normal, its code's is this; others' learning rates are made for it. If both
+    were zero no gradient would reach either. The same for any number of ranks. A collective call.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in adapted_layers(model).values():
+        bound = layer.lora_a.shape[1] ** -0.5
+        values = torch.empty(layer.lora_a.shape).uniform_(-bound, bound, generator=generator)
+        sharded = dtensor.distribute_tensor(values, layer.lora_a.device_mesh, layer.lora_a.placements)
+        layer.lora_a.copy_(sharded)
+        layer.lora_b.zero_()
+
+
+def trained_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """How many parameters are frozen, and how many are trained."""
+    n_trained = sum(p.numel() for p in trained_parameters(model).values())
+    n_all = sum(p.numel() for p in model.parameters())
+    return n_all - n_trained, n_trained
+
+
+@torch.no_grad()
+def write_merged(model: PreTrainedModel, draft: Path) -> None:
+    """Writes the weights of the base, W + (α/R) B A where there is an adapter, and the head.
+
+    From the base's files to files like them, one at a time, each tensor in the dtype it had there:
+    no device holds the model twice, and W is that of the file, not rounded to compute with. The
+    head, which was trained in fp32, stays in fp32. A collective call.
+    """
+    changes = {}
+    for name, layer in adapted_layers(model).items():
+        a, b = (p.full_tensor().cpu() for p in (layer.lora_a, layer.lora_b))
+        changes[f"{name}.weight"] = (layer.scale * b, a)
+    head = model.score.weight.full_tensor().cpu()
+
+    def write() -> None:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        paths = rm.find_weights(model.base_folder)
+        _, names = rm.match_keys(model, rm.read_headers(paths))
+        files = {}
+        for path in paths:
+            tensors = merge_file(path, names, changes)
+            for name in changes.keys() & tensors.keys():
+                model.config.dtype = tensors[name].dtype  # Transformers then loads it as it is
+            if path == paths[-1]:
+                tensors["score.weight"] = head
+            with rm.explain(f"{draft} was not written", safetensors.SafetensorError):
+                safetensors.torch.save_file(tensors, draft / path.name, metadata={"format": "pt"})
+            shutil.copymode(path, draft / path.name)  # it would be for its owner alone
+            files |= dict.fromkeys(tensors, path.name)
+        if len(paths) > 1:
+            index = {"metadata": {}, "weight_map": files}
+            (draft / "model.safetensors.index.json").write_text(rm.to_json(index, indent=2))
+
+    rm.on_rank_zero(write)
+
+
+def merge_file(
+    path: Path, names: dict[str, str], changes: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of a file under their names in the model, with what adapters add, in fp32."""
+    tensors = {}
+    with safetensors.safe_open(path, "pt") as file:
+        for key in file.keys():
+            name = names.get(key)  # None: such as the head of a language model
+            if name is None:
+                continue
+            weight = file.get_tensor(key)
+            if name in changes:
+                b, a = changes[name]
+                weight = torch.addmm(weight.float(), b, a).to(weight.dtype)
+            tensors[name] = weight
+    return tensors
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,7 +511,7 @@ def prepare_model(
 def checkpoint_tensors(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, Tensor]:
     """Everything a step changes, by name; the optimizer's state is created if it is not there."""
     tensors = {}
-    for name, p in model.named_parameters():
+    for name, p in trained_parameters(model).items():
         if p not in optimizer.state:
             zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
@@ -538,13 +695,17 @@ def train(
 ) -> None:
     """The training loop: from the last checkpoint, if there is one, to the last step."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        trained_parameters(model).values(),
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=True,
     )
     n_per_epoch = math.ceil(len(pairs) / args.batch_pairs)
     n_steps = n_per_epoch * args.epochs
     first = load_checkpoint(folder, model, optimizer)
     if first == 0:
-        rm.on_rank_zero(lambda: check_disk(folder, sum(p.numel() for p in model.parameters())))
+        rm.on_rank_zero(lambda: check_disk(folder, model))
         save_checkpoint(folder, 0, model, optimizer)  # a save that fails should fail now
     metrics = open_metrics(folder, first) if dist.get_rank() == 0 else None
     n_flat, n_equal, saved_at = 0, 0, time.monotonic()
@@ -625,10 +786,16 @@ def accuracy(scores: list[PairScore]) -> float:
 # Results
 
 
-def finish(
-    model: PreTrainedModel, encoder: Encoder, tests: Tests, folder: Path, args: Namespace
+def save_result(model: PreTrainedModel, encoder: Encoder, folder: Path, args: Namespace) -> None:
+    """Writes the trained model as a plain folder, adapters merged. A collective call."""
+    write_weights = partial(write_merged, model) if args.lora_rank else None
+    rm.save_model(model, encoder, folder, model_card(args, encoder), write_weights)
+
+
+def test_model(
+    model: PreTrainedModel, tests: Tests, folder: Path, args: Namespace
 ) -> dict[str, float]:
-    """Tests the model and saves it; returns the accuracy on each test file. A collective call."""
+    """Writes the scores of each test file; returns the accuracy on it. A collective call."""
     results, used = {}, set()
     for name, test in tests.items():
         scores = rm.score_pairs(model, test, args.micro_batch_tokens)
@@ -638,7 +805,6 @@ def finish(
         used.add(stem := next(stem for stem in stems if stem not in used))
         rm.on_rank_zero(lambda: rm.write_scores(folder / f"scores-{stem}.jsonl", scores))
         say(f"{name}: accuracy {results[name]:.4f} on {len(test)} pairs")
-    rm.save_model(model, encoder, folder, model_card(args, encoder))
     return results
 
 
@@ -648,16 +814,26 @@ def check_saved(
     before: list[PairScore],
     dtype: str,
     args: Namespace,
-) -> None:
-    """Loads what was saved and scores a few pairs again: a lost head must be noticed here."""
+) -> PreTrainedModel:
+    """Loads what was saved and scores a few pairs again: a lost head must be noticed here.
+
+    Of merged adapters that are not fp32 throughout, W + B A is rounded where W and B A were, and
+    the rounding of each layer goes through all behind it: SmolLM2's rewards in bf16 moved by 0.015
+    of 1 + |r|, at most 0.025. Another head moves them by about 1.
+    """
     model, _ = rm.load_reward_model(str(folder), dtype=dtype, compiled=args.compile)
     after = rm.score_pairs(model, sample, args.micro_batch_tokens)
+    stored = rm.read_headers(rm.find_weights(str(folder)))
+    is_exact = {dtype, *(header.dtype for header in stored.values())} == {"float32", "F32"}
+    tolerance = 0.1 if args.lora_rank and not is_exact else 1e-4
     for old, new in zip(before, after):
-        if abs(old.chosen_reward - new.chosen_reward) > 1e-4 * (1 + abs(old.chosen_reward)):
+        difference = abs(old.chosen_reward - new.chosen_reward)
+        if difference > tolerance * (1 + abs(old.chosen_reward)):
             raise CritiqueRMError(
                 f"{folder}: after saving and loading, {old.id} scores {new.chosen_reward} instead "
                 f"of {old.chosen_reward}; the checkpoints are kept"
             )
+    return model
 
 
 def model_card(args: Namespace, encoder: Encoder) -> str:
@@ -889,11 +1065,13 @@ def run(args: Namespace) -> dict:
     if not old and dist.get_rank() == 0:
         rm.replace_file(path, rm.to_json(description, indent=2) + "\n")
     train(model, training, tests, folder, args)
-    results = finish(model, encoder, tests, folder, args)
+    save_result(model, encoder, folder, args)
     sample = training[:8]
     before = rm.score_pairs(model, sample, args.micro_batch_tokens)
     del model
-    check_saved(folder, sample, before, description["dtype"], args)
+    gc.collect()  # or it would still be there, in cycles, while the saved one is loaded
+    model = check_saved(folder, sample, before, description["dtype"], args)
+    results = test_model(model, tests, folder, args)
     description |= {"training_pairs": len(chosen), "results": results}
     description |= {"summary": (summary := summarize(folder, results))}
 

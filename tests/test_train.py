@@ -214,13 +214,11 @@ def test_a_damaged_run_json_is_not_taken_for_a_new_run(tmp_path, small, mesh):
         run_here(*small, "--out", tmp_path, "--resume")
 
 
-def test_each_test_file_has_its_own_scores(model_and_pairs, tmp_path, monkeypatch):
+def test_each_test_file_has_its_own_scores(model_and_pairs, tmp_path):
     args, model, pairs = model_and_pairs
-    monkeypatch.setattr(rm, "save_model", lambda *_: None)
     names = ("a/test.jsonl", "b/test.jsonl", "c/test-2.jsonl")
     tests = {name: [pair] for name, pair in zip(names, pairs)}
-    monkeypatch.setattr(train, "model_card", lambda *_: "")
-    train.finish(model, None, tests, tmp_path, args)
+    train.test_model(model, tests, tmp_path, args)
     found = {path.name: read_lines(path)[0]["id"] for path in tmp_path.iterdir()}
     stems = ("test", "test-2", "test-2-2")
     assert found == {f"scores-{s}.jsonl": e.pair.id for s, e in zip(stems, pairs)}
@@ -278,9 +276,15 @@ def test_a_folder_that_is_not_that_of_rank_zero_is_refused(tmp_path, mesh, monke
 
 def test_too_little_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=35e9))
-    train.check_disk(tmp_path, 970_000_000)
-    with pytest.raises(rm.CritiqueRMError, match="35.0 GB are free, 36.0 GB are needed"):
-        train.check_disk(tmp_path, 1_000_000_000)
+    with torch.device("meta"):
+        model = torch.nn.Linear(1000, 970_000, bias=False)
+        train.check_disk(tmp_path, model)
+        model.add_module("more", torch.nn.Linear(1000, 30_000, bias=False))
+        with pytest.raises(rm.CritiqueRMError, match="35.0 GB are free, 36.0 GB are needed"):
+            train.check_disk(tmp_path, model)
+        model.more.requires_grad_(False)  # it is in the result, not in checkpoints
+        with pytest.raises(rm.CritiqueRMError, match="35.0 GB are free, 35.0 GB are needed"):
+            train.check_disk(tmp_path, model)
 
 
 def test_resume_names_what_differs():
