@@ -30,8 +30,9 @@ import signal
 import time
 import zlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,7 @@ DATA = Path(__file__).parent / "data"
 MAY_CHANGE_ON_RESUME = (
     *("out", "resume", "overwrite", "micro_batch_tokens", "activation_checkpointing"),
     *("save_every_steps", "eval_every_steps", "shard_group", "plan", "nproc", "device_gb"),
+    "tensorboard",
     "dtype",  # what "auto" came to must be the same
 )
 SAVE_EVERY_SECONDS = 600  # whatever --save-every-steps says
@@ -82,6 +84,11 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--new-head", action="store_true", help="draw a new head where --model has a reward head")
     add("--train", help="pairs to train on; None: the embedded ones")
     add("--test", action="append", help="pairs to test on; may be repeated")
+    valid = parser.add_mutually_exclusive_group()
+    valid.add_argument("--valid", help="pairs to choose weights by: RUN holds the best of the run")
+    valid.add_argument(
+        "--valid-share", type=share, help="choose by this share of --train's prompts"
+    )
     add("--no-critiques", action="store_true", help="the baseline r(x, y)")
     add("--critiques", metavar="FILE", help="take them from there, by pair or by response")
     add("--max-pairs", type=positive_int, help="the first N in the seeded order")
@@ -91,6 +98,8 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--epochs", type=positive_int, help="None: 3 for tiny, else 1")
     add("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
     add("--lr", type=positive_float, help="at its peak; None: 1e-3 for tiny, 1e-4 for LoRA, 1e-5")
+    add("--warmup-share", type=share, default=0.1, help="share of steps in which lr rises")
+    add("--weight-decay", type=share, default=0.0, help="AdamW's, of all that is trained")
     add("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
     add("--average-critiques", action="store_true", help="mean reward, not one drawn an epoch")
     add("--seed", type=natural, default=0, help="of data order, head and tiny model")
@@ -107,8 +116,9 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--out", help="folder to write; None: the next free runs/NNN")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--eval-every-steps", type=positive_int, help="test this often on the way")
+    add("--eval-every-steps", type=positive_int, help="test on the way; None: --valid's, 10 times")
     add("--save-every-steps", type=positive_int, default=500, help="for --resume")
+    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard as well")
     add = parser.add_argument_group("plan").add_argument
     add("--plan", action="store_true", help="print the memory of a process, and end")
     add("--nproc", type=positive_int, default=1, help="processes to plan for")
@@ -140,6 +150,12 @@ def auto_or_positive(text: str) -> int | str:
 def positive_float(text: str) -> float:
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
+def share(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
     return float(text)
 
 
@@ -213,13 +229,14 @@ def lock_folder(folder: Path):
     return lock
 
 
-def check_disk(folder: Path, model: PreTrainedModel) -> None:
-    """There must be room for three checkpoints of weights and optimizer; two are kept.
+def check_disk(folder: Path, model: PreTrainedModel, keeps_best: bool) -> None:
+    """There must be room for the checkpoints of weights and optimizer, one being written.
 
-    Where most weights are frozen the result is larger than the checkpoints.
+    Two are kept, and the best ones as of each. Where most weights are frozen the result is larger.
     """
     n_frozen, n_trained = count_parameters(model)
-    needed = 3 * 12 * n_trained + 4 * n_frozen
+    n_checkpoints = 5 if keeps_best else 3
+    needed = n_checkpoints * 12 * n_trained + 4 * n_frozen
     here = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*"))
     if (free := shutil.disk_usage(folder).free + here) < needed:
         raise CritiqueRMError(
@@ -520,10 +537,33 @@ def checkpoint_tensors(model: PreTrainedModel, optimizer: Optimizer) -> dict[str
     return tensors
 
 
-def save_checkpoint(folder: Path, step: int, model: PreTrainedModel, optimizer: Optimizer) -> None:
-    """Each rank writes its part; one rename makes it visible; the newest two are kept."""
+Evaluations = dict[int, dict[str, float]]  # by step, what `validate` found
+
+
+def best_step(evaluations: Evaluations, last: int) -> int | None:
+    """The step up to `last` with the least log loss on held-back pairs; the first of equal ones."""
+    losses = [(e["valid_log_loss"], step) for step, e in evaluations.items() if step <= last]
+    return min(losses)[1] if losses else None
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    evaluations: Evaluations | None = None,
+) -> None:
+    """Each rank writes its part; one rename makes it visible.
+
+    The newest two are kept, and of each the best one up to it: if the newest is damaged and the
+    run goes on from the one before, the best weights until then are still there.
+    """
     rm.meet(f"the checkpoint after step {step}")
-    draft, final = folder / "checkpoints" / "draft", folder / "checkpoints" / f"step-{step:08d}"
+    draft, final = folder / "checkpoints" / "draft", checkpoint_path(folder, step)
     tensors = checkpoint_tensors(model, optimizer)
     rm.write_tensors(draft, tensors, FILE_BYTES * dist.get_world_size())
     sums = checksums(draft)
@@ -532,8 +572,11 @@ def save_checkpoint(folder: Path, step: int, model: PreTrainedModel, optimizer: 
         rm.replace_file(draft / "checksums.json", json.dumps(sums))
         shutil.rmtree(final, ignore_errors=True)
         draft.replace(final)
-        for old in sorted(final.parent.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
+        steps = sorted(int(path.name[5:]) for path in final.parent.glob("step-*"))
+        newest = steps[-2:]
+        best = [best_step(evaluations or {}, last) for last in newest]
+        for old in set(steps) - {*newest, *best}:
+            shutil.rmtree(checkpoint_path(folder, old))
 
     rm.on_rank_zero(publish)
 
@@ -542,7 +585,7 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer) 
     """Restores the newest whole checkpoint, if there is one; returns the number of steps done."""
     found = rm.on_rank_zero(lambda: sorted(map(str, (folder / "checkpoints").glob("step-*"))))
     for path in map(Path, reversed(found)):
-        if checksums(path) == rm.on_rank_zero(lambda: read_object(path / "checksums.json")):
+        if is_whole(path):
             reader = dcp.HuggingFaceStorageReader(str(path))
             dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
             for damaged in found[found.index(str(path)) + 1 :]:  # or they would count as the newest
@@ -552,6 +595,19 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer) 
     if found:
         raise CritiqueRMError(f"{folder}: no checkpoint is whole; start anew with --overwrite")
     return 0
+
+
+def load_best(folder: Path, step: int, model: PreTrainedModel) -> None:
+    """Gives the model the weights, without the optimizer's state, that it had after a step."""
+    path = checkpoint_path(folder, step)
+    if not is_whole(path):
+        raise CritiqueRMError(f"{path}, the best weights, is damaged; start anew with --overwrite")
+    weights = {f"model.{name}": p for name, p in trained_parameters(model).items()}
+    dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+
+
+def is_whole(path: Path) -> bool:
+    return checksums(path) == rm.on_rank_zero(lambda: read_object(path / "checksums.json"))
 
 
 def checksums(folder: Path) -> dict[str, int]:
@@ -583,9 +639,8 @@ def read_object(path: Path) -> dict | None:
 # Training
 
 
-def learning_rate(step: int, n_steps: int, peak: float) -> float:
-    """Linear warm-up over the first tenth of the steps, then a cosine to zero."""
-    n_warmup = max(1, n_steps // 10)
+def learning_rate(step: int, n_steps: int, n_warmup: int, peak: float) -> float:
+    """Linear warm-up over the first steps, then a cosine to zero."""
     if step < n_warmup:
         return peak * (step + 1) / n_warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))
@@ -633,7 +688,8 @@ def train_step(
     charge = rm.charge_tokens(model)
     batches = rm.pack(units, args.micro_batch_tokens, charge, share, *ranks)
     has_replica = model.score.weight.device_mesh.shape[-1] == 1
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct pairs, margin
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, margin, reward
+    extremes = torch.full((2,), -math.inf, device=device)  # of −r and of r
     n_tokens, n_computed = 0, 0
     # From here to the gradient norm nothing asks the device for a value: it is never waited for.
     for n, rows in enumerate(batches, 1):
@@ -648,13 +704,19 @@ def train_step(
         with torch.no_grad():
             n_correct = (chosen > rejected).sum()
             margin = (chosen - rejected).sum()
-            sums += torch.stack([loss, n_correct, margin])
+            reward = (chosen + rejected).sum() / 2
+            sums += torch.stack([loss, n_correct, margin, reward])
+            if len(pair_ids):  # a rank may have no pair in a micro-batch
+                both = torch.cat([chosen, rejected])
+                extremes = torch.maximum(extremes, torch.stack([-both.min(), both.max()]))
         n_tokens += batch.n_tokens
         n_computed += batch.ids.numel()
     counts = torch.tensor([n_tokens, n_computed], dtype=torch.float64, device=device)
     sums = torch.cat([sums, counts])
     dist.all_reduce(sums)
-    loss, correct, margin, n_tokens, n_computed = sums.tolist()
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    loss, correct, margin, reward, n_tokens, n_computed = sums.tolist()
+    negative_min, max_reward = extremes.tolist()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise CritiqueRMError(
@@ -667,6 +729,9 @@ def train_step(
         "loss": loss / len(pairs),
         "accuracy": correct / len(pairs),
         "margin": margin / len(pairs),
+        "min_reward": -negative_min,
+        "mean_reward": reward / len(pairs),
+        "max_reward": max_reward,
         "grad_norm": norm,
         "lr": optimizer.param_groups[0]["lr"],
         "n_pairs": len(pairs),
@@ -691,69 +756,110 @@ def mean_per_side(rewards: Tensor, owners: np.ndarray) -> tuple[Tensor, Tensor, 
 
 
 def train(
-    model: PreTrainedModel, pairs: list[EncodedPair], tests: Tests, folder: Path, args: Namespace
-) -> None:
-    """The training loop: from the last checkpoint, if there is one, to the last step."""
+    model: PreTrainedModel,
+    pairs: list[EncodedPair],
+    valid: list[EncodedPair],
+    tests: Tests,
+    folder: Path,
+    args: Namespace,
+) -> dict[str, float] | None:
+    """The training loop: from the last checkpoint, if there is one, to the last step.
+
+    With held-back pairs the model then has its best weights; returns their step and figures.
+    """
     optimizer = torch.optim.AdamW(
         trained_parameters(model).values(),
         lr=args.lr,
         betas=(0.9, 0.95),
-        weight_decay=0.0,
+        weight_decay=args.weight_decay,
         fused=True,
     )
     n_per_epoch = math.ceil(len(pairs) / args.batch_pairs)
     n_steps = n_per_epoch * args.epochs
+    n_warmup = max(1, int(args.warmup_share * n_steps))
+    valid_every = args.eval_every_steps or math.ceil(n_steps / 10)
     first = load_checkpoint(folder, model, optimizer)
     if first == 0:
-        rm.on_rank_zero(lambda: check_disk(folder, model))
+        rm.on_rank_zero(lambda: check_disk(folder, model, keeps_best=bool(valid)))
         save_checkpoint(folder, 0, model, optimizer)  # a save that fails should fail now
-    metrics = open_metrics(folder, first) if dist.get_rank() == 0 else None
-    n_flat, n_equal, saved_at = 0, 0, time.monotonic()
-    bar = tqdm(total=n_steps, initial=first, unit="step", mininterval=1, disable=metrics is None)
+    evaluations = rm.on_rank_zero(lambda: read_evaluations(folder, first))
+    is_main = dist.get_rank() == 0
+    write_row = open_metrics(folder, first, args.tensorboard) if is_main else None
+    check, saved_at = LearningCheck(), time.monotonic()
+    bar = tqdm(total=n_steps, initial=first, unit="step", mininterval=1, disable=not is_main)
     with note_signals() as stopped, bar:
         for step in range(first, n_steps):
             started = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, n_steps, args.lr)
+                group["lr"] = learning_rate(step, n_steps, n_warmup, args.lr)
             epoch = step // n_per_epoch
             row = train_step(model, optimizer, pairs_of_step(pairs, step, args), epoch, args)
             seconds = time.perf_counter() - started
-            row = {"step": step + 1, "epoch": epoch, **row, "seconds": round(seconds, 4)}
-            if metrics:
-                metrics.write(rm.to_json(row) + "\n")
+            n_done = step + 1
+            last = n_done == n_steps
+            row = {"step": n_done, "epoch": epoch, **row, "seconds": round(seconds, 4)}
+            if valid and (last or n_done % valid_every == 0):
+                evaluations[n_done] = validate(model, valid, args)
+                row |= evaluations[n_done]
+            if write_row:
+                write_row(row)
             bar.set_postfix_str(
                 f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}, "
                 f"{row['n_pairs'] / seconds:.2f} pairs/s",
                 refresh=False,
             )
             bar.update()
-            n_flat = n_flat + 1 if abs(row["loss"] - math.log(2)) < 1e-3 else 0
-            if n_flat == FLAT_STEPS:
-                say("the loss stays at log 2: the model does not tell chosen from rejected")
-            is_equal = row["accuracy"] == row["margin"] == 0 and step >= n_steps // 10
-            n_equal = n_equal + 1 if is_equal else 0
-            if n_equal == FLAT_STEPS:
-                raise CritiqueRMError(
-                    f"all rewards were equal for {FLAT_STEPS} steps; lower --lr, or look at "
-                    "whether the model reads what differs"
-                )
-            last = step + 1 == n_steps
-            if args.eval_every_steps and (step + 1) % args.eval_every_steps == 0 and not last:
+            check.look_at(row, is_warm=step >= n_warmup)
+            if args.eval_every_steps and n_done % args.eval_every_steps == 0 and not last:
                 for name, test in tests.items():
                     scores = rm.score_pairs(model, test, args.micro_batch_tokens)
-                    say(f"step {step + 1}: {name}: accuracy {accuracy(scores):.4f}")
-            is_due = dist.get_rank() == 0 and time.monotonic() - saved_at > SAVE_EVERY_SECONDS
+                    say(f"step {n_done}: {name}: accuracy {accuracy(scores):.4f}")
+            is_due = is_main and time.monotonic() - saved_at > SAVE_EVERY_SECONDS
             events = torch.tensor([len(stopped), is_due])
             dist.all_reduce(events)  # a signal may reach one rank only, or one before another
             interrupted, is_due = events.tolist()
-            if interrupted or is_due or last or (step + 1) % args.save_every_steps == 0:
-                save_checkpoint(folder, step + 1, model, optimizer)
+            is_due = is_due or last or n_done % args.save_every_steps == 0
+            if interrupted or is_due or best_step(evaluations, n_done) == n_done:
+                save_checkpoint(folder, n_done, model, optimizer, evaluations)
                 saved_at = time.monotonic()
             if interrupted and not last:
                 raise CritiqueRMError(
-                    f"interrupted after step {step + 1} of {n_steps}, which is saved; "
+                    f"interrupted after step {n_done} of {n_steps}, which is saved; "
                     f"continue with the same command and --out {folder} --resume"
                 )
+    best = best_step(evaluations, n_steps)
+    if best is None:
+        return None
+    load_best(folder, best, model)
+    return {"step": best, **evaluations[best], "valid_pairs": len(valid)}
+
+
+def validate(model: PreTrainedModel, valid: list[EncodedPair], args: Namespace) -> dict[str, float]:
+    """Log loss, the mean of −log σ(r⁺ − r⁻), and accuracy on held-back pairs. A collective call."""
+    scores = rm.score_pairs(model, valid, args.micro_batch_tokens)
+    margins = np.array([score.chosen_reward - score.rejected_reward for score in scores])
+    log_loss = np.logaddexp(0, -margins).mean().item()
+    return {"valid_log_loss": log_loss, "valid_accuracy": accuracy(scores)}
+
+
+@dataclass
+class LearningCheck:
+    """Notices a model that does not learn: says that the loss is flat, ends the run if r⁺ = r⁻."""
+
+    n_flat: int = 0
+    n_equal: int = 0
+
+    def look_at(self, row: dict[str, float], is_warm: bool) -> None:
+        self.n_flat = self.n_flat + 1 if abs(row["loss"] - math.log(2)) < 1e-3 else 0
+        if self.n_flat == FLAT_STEPS:
+            say("the loss stays at log 2: the model does not tell chosen from rejected")
+        is_equal = row["accuracy"] == row["margin"] == 0 and is_warm
+        self.n_equal = self.n_equal + 1 if is_equal else 0
+        if self.n_equal == FLAT_STEPS:
+            raise CritiqueRMError(
+                f"all rewards were equal for {FLAT_STEPS} steps; lower --lr, or look at whether "
+                "the model reads what differs"
+            )
 
 
 @contextmanager
@@ -769,12 +875,50 @@ def note_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def open_metrics(folder: Path, n_steps_done: int):
-    """Opens metrics.jsonl for appending, after dropping what was written past the checkpoint."""
+def open_metrics(
+    folder: Path, n_steps_done: int, for_tensorboard: bool
+) -> Callable[[dict[str, float]], None]:
+    """What adds a row to metrics.jsonl, after dropping what was written past the checkpoint."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True)[:n_steps_done] if path.exists() else []
-    rm.replace_file(path, "".join(lines))
-    return path.open("a", buffering=1)  # a line at once
+    rm.replace_file(path, "".join(read_metrics(folder)[:n_steps_done]))
+    file = path.open("a", buffering=1)  # a line at once
+    board = None
+    if for_tensorboard:
+        board = import_tensorboard()(str(folder / "tensorboard"), purge_step=n_steps_done + 1)
+
+    def write_row(row: dict[str, float]) -> None:
+        file.write(rm.to_json(row) + "\n")
+        if board:
+            for name, value in row.items():
+                board.add_scalar(name, value, row["step"])
+            board.flush()
+
+    return write_row
+
+
+def import_tensorboard() -> type:
+    """Its writer. Raises CritiqueRMError where the package is missing."""
+    with rm.explain("--tensorboard needs a package: pip install tensorboard", ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter
+
+
+def read_metrics(folder: Path) -> list[str]:
+    """The lines of metrics.jsonl, if it is there: of each step one."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines(keepends=True) if path.exists() else []
+
+
+def read_evaluations(folder: Path, n_steps_done: int) -> Evaluations:
+    """What earlier sessions of the run found on held-back pairs, up to a checkpoint."""
+    evaluations = {}
+    for line in read_metrics(folder)[:n_steps_done]:
+        row = json.loads(line)
+        if "valid_log_loss" in row:
+            evaluations[row["step"]] = {
+                name: row[name] for name in row if name.startswith("valid_")
+            }
+    return evaluations
 
 
 def accuracy(scores: list[PairScore]) -> float:
@@ -877,7 +1021,7 @@ def peak_memory_gb() -> float:
 
 def summarize(folder: Path, results: dict[str, float]) -> dict:
     """The summary line, from what the run left in metrics.jsonl, earlier sessions included."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in read_metrics(folder)]
     seconds = sum(row["seconds"] for row in rows)
     n_pairs = sum(row["n_pairs"] for row in rows)
     return {
@@ -1024,7 +1168,11 @@ def memory_gb(n_processes: int) -> float:
 def run(args: Namespace) -> dict:
     """All steps from pairs to summary; returns the summary."""
     rm.start_processes()
+    if args.tensorboard:
+        import_tensorboard()
     names = dict.fromkeys([args.train, *args.test])
+    if args.valid:
+        names[args.valid] = None
     pairs = {name: rm.read_pairs(name, args.skip_bad, args.critiques) for name in names}
     folder = Path(rm.on_rank_zero(lambda: str(claim_folder(args))))
     lock = lock_folder(folder)
@@ -1035,17 +1183,18 @@ def run(args: Namespace) -> dict:
         say(f"{folder} is finished")
         return old["summary"]
     try:
-        chosen = pairs[args.train]
-        if args.max_pairs:  # before a tokenizer is trained: it must not see the others
-            order = np.random.default_rng(args.seed).permutation(len(chosen))
-            chosen = [chosen[n] for n in order[: args.max_pairs]]
-        model, encoder = prepare_model(args, folder, chosen)
-        training = encoder.encode_pairs(chosen, args.train, skip_bad=args.skip_bad)
-        tests = {}
+        # before a tokenizer is trained: it must not see the others
+        selected, held_back = select_pairs(pairs, args)
+        model, encoder = prepare_model(args, folder, selected)
+        training = encoder.encode_pairs(selected, args.train, skip_bad=args.skip_bad)
+        valid, tests = [], {}
+        if held_back:
+            name = args.valid or f"{args.train}, held back"
+            valid = encoder.encode_pairs(held_back, name, skip_bad=args.skip_bad)
         for name in dict.fromkeys(args.test):
             tests[name] = encoder.encode_pairs(pairs[name], name, skip_bad=args.skip_bad)
         # once, of all pairs, before the folder is written to, and before anything is compiled
-        share = rm.shares_prefixes(model, longest_sequence(training))
+        share = rm.shares_prefixes(model, longest_sequence([*training, *valid]))
         if args.compile:
             rm.compile_blocks(model)
             rm.warm_up(model, share)
@@ -1064,7 +1213,7 @@ def run(args: Namespace) -> dict:
         rm.on_rank_zero(lambda: clear_folder(folder))
     if not old and dist.get_rank() == 0:
         rm.replace_file(path, rm.to_json(description, indent=2) + "\n")
-    train(model, training, tests, folder, args)
+    best = train(model, training, valid, tests, folder, args)
     save_result(model, encoder, folder, args)
     sample = training[:8]
     before = rm.score_pairs(model, sample, args.micro_batch_tokens)
@@ -1072,7 +1221,7 @@ def run(args: Namespace) -> dict:
     gc.collect()  # or it would still be there, in cycles, while the saved one is loaded
     model = check_saved(folder, sample, before, description["dtype"], args)
     results = test_model(model, tests, folder, args)
-    description |= {"training_pairs": len(chosen), "results": results}
+    description |= {"training_pairs": len(selected), "best": best, "results": results}
     description |= {"summary": (summary := summarize(folder, results))}
 
     def conclude() -> None:
@@ -1083,6 +1232,34 @@ def run(args: Namespace) -> dict:
     rm.on_rank_zero(conclude)
     lock.close()
     return summary
+
+
+def select_pairs(pairs: dict[str, list[Pair]], args: Namespace) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on, and those that are held back to choose weights by."""
+    selected = pairs[args.train]
+    if args.max_pairs:
+        order = np.random.default_rng(args.seed).permutation(len(selected))
+        selected = [selected[n] for n in order[: args.max_pairs]]
+    if args.valid_share:
+        return hold_back(selected, args.valid_share, args.seed)
+    return selected, pairs[args.valid] if args.valid else []
+
+
+def hold_back(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """The pairs of most prompts, and those of the rest: a share that is drawn by the seed.
+
+    Prompts, not pairs: of several pairs with one prompt some would tell about the others.
+    """
+    prompts = sorted({rm.digest_prompt(pair.prompt) for pair in pairs})
+    n_held_back = max(1, round(share * len(prompts)))
+    if n_held_back == len(prompts):
+        raise CritiqueRMError(f"{len(prompts)} prompts are too few for --valid-share {share}")
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    chosen = {prompts[n] for n in order[:n_held_back]}
+    parts = [], []
+    for pair in pairs:
+        parts[rm.digest_prompt(pair.prompt) in chosen].append(pair)
+    return parts
 
 
 def read_run(path: Path) -> dict | None:

@@ -70,7 +70,8 @@ def test_last_line_of_stdout_is_the_summary(finished):
 def test_metrics_have_one_line_a_step(finished):
     rows = read_lines(finished[0] / "metrics.jsonl")
     assert list(rows[0]) == [
-        *("step", "epoch", "loss", "accuracy", "margin", "grad_norm", "lr"),
+        *("step", "epoch", "loss", "accuracy", "margin"),
+        *("min_reward", "mean_reward", "max_reward", "grad_norm", "lr"),
         *("n_pairs", "n_tokens", "padding_share", "seconds"),
     ]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -278,13 +279,13 @@ def test_too_little_disk_is_refused_before_the_first_step(tmp_path, monkeypatch)
     monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=35e9))
     with torch.device("meta"):
         model = torch.nn.Linear(1000, 970_000, bias=False)
-        train.check_disk(tmp_path, model)
+        train.check_disk(tmp_path, model, keeps_best=False)
         model.add_module("more", torch.nn.Linear(1000, 30_000, bias=False))
         with pytest.raises(rm.CritiqueRMError, match="35.0 GB are free, 36.0 GB are needed"):
-            train.check_disk(tmp_path, model)
+            train.check_disk(tmp_path, model, keeps_best=False)
         model.more.requires_grad_(False)  # it is in the result, not in checkpoints
         with pytest.raises(rm.CritiqueRMError, match="35.0 GB are free, 35.0 GB are needed"):
-            train.check_disk(tmp_path, model)
+            train.check_disk(tmp_path, model, keeps_best=False)
 
 
 def test_resume_names_what_differs():
@@ -455,9 +456,9 @@ def test_a_step_never_waits_for_the_device_before_the_gradient_norm(model_and_pa
     train.train_step(model, optimizer, pairs, 0, args)  # tries what the model can
     reads, seen, reduce = Reads(), [], train.dist.all_reduce
 
-    def all_reduce(sums: torch.Tensor) -> None:
+    def all_reduce(values: torch.Tensor, **options) -> None:
         seen.append(list(reads.waiting))  # the loop over micro-batches is over
-        reduce(sums)
+        reduce(values, **options)
 
     monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
     with reads:
@@ -466,7 +467,7 @@ def test_a_step_never_waits_for_the_device_before_the_gradient_norm(model_and_pa
         assert len(reads.waiting) == 2  # they would be noted
         reads.waiting.clear()
         train.train_step(model, optimizer, pairs, 0, args)
-    assert seen == [[]] and reads.waiting  # the loss and the norm are read in the end
+    assert seen == [[], []] and reads.waiting  # the loss and the norm are read in the end
 
 
 def test_averaging_equal_critiques_is_the_same_step_as_one(model_and_pairs):
@@ -501,6 +502,16 @@ def test_mean_rewards_of_sides_by_hand():
     assert pair_ids.tolist() == [2, 5]
 
 
+def test_rewards_of_a_step_are_those_of_its_pairs(model_and_pairs):
+    args, model, pairs = model_and_pairs
+    row = train.train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), pairs, 0, args)
+    rewards = []
+    for score in rm.score_pairs(model, pairs, 512):
+        rewards += [score.chosen_reward, score.rejected_reward]
+    found = [row["min_reward"], row["mean_reward"], row["max_reward"]]
+    assert found == pytest.approx([min(rewards), np.mean(rewards), max(rewards)], abs=1e-5)
+
+
 def test_eight_pairs_are_learned(model_and_pairs):
     args, model, pairs = model_and_pairs
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -530,7 +541,7 @@ def test_rewards_that_stay_equal_end_the_run(model_and_pairs, tmp_path, monkeypa
     monkeypatch.setattr(train, "train_step", lambda *_: row)
     args = train.parse_arguments(["--epochs", "100", "--batch-pairs", "8"])
     with pytest.raises(rm.CritiqueRMError, match="all rewards were equal for 20 steps"):
-        train.train(model, pairs, {}, tmp_path, args)
+        train.train(model, pairs, [], {}, tmp_path, args)
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 10 + 20  # a tenth is warm-up
 
 
@@ -658,10 +669,64 @@ def test_every_pair_comes_once_an_epoch_in_an_order_of_seed_and_epoch():
 
 
 def test_learning_rate_warms_up_and_ends_near_zero():
-    rates = [train.learning_rate(step, 20, 1.0) for step in range(20)]
+    rates = [train.learning_rate(step, 20, 2, 1.0) for step in range(20)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[11] == pytest.approx(0.5)  # half way down the cosine
     assert rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 17 / 18)))
+
+
+def test_warm_up_and_weight_decay_act(small, mesh, tmp_path):
+    """lr rises over half of the 6 steps. AdamW takes lr × decay × w away, here in a single step."""
+    run_here(*small, "--warmup-share", "0.5", "--out", tmp_path / "warm")
+    rates = [row["lr"] for row in read_lines(tmp_path / "warm" / "metrics.jsonl")]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 0.75e-3, 0.25e-3])
+    single = [*small, "--batch-pairs", "10", "--epochs", "1", "--lr", "0.01"]
+    for decay in ("0", "0.5"):
+        run_here(*single, "--weight-decay", decay, "--out", tmp_path / decay)
+    plain, decayed = (weights(tmp_path / decay) for decay in ("0", "0.5"))
+    args = train.parse_arguments([str(flag) for flag in single])
+    selected, _ = train.select_pairs({args.train: rm.read_pairs(args.train)}, args)
+    model, _ = train.prepare_model(args, tmp_path, selected)
+    for name, p in model.state_dict().items():
+        expected = plain[name] - 0.01 * 0.5 * p.full_tensor()
+        torch.testing.assert_close(decayed[name], expected, rtol=0, atol=1e-6)
+
+
+class Board:
+    """Stands for TensorBoard's writer, which need not be installed."""
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.folder, self.purge_step = folder, purge_step
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.rows.setdefault(step, {})[name] = value
+
+    def flush(self) -> None:
+        pass
+
+
+def test_tensorboard_is_given_the_rows_of_the_metrics(tmp_path, monkeypatch):
+    boards = []
+
+    def open_board(*args, **options) -> Board:
+        boards.append(Board(*args, **options))
+        return boards[-1]
+
+    monkeypatch.setattr(train, "import_tensorboard", lambda: open_board)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    write_row = train.open_metrics(tmp_path, 1, for_tensorboard=True)
+    write_row({"step": 2, "loss": 0.5})
+    write_row({"step": 3, "loss": 0.25, "valid_accuracy": 1.0})
+    assert boards[0].folder == str(tmp_path / "tensorboard") and boards[0].purge_step == 2
+    assert [{"step": 1}, *boards[0].rows.values()] == read_lines(tmp_path / "metrics.jsonl")
+
+
+def test_tensorboard_that_is_missing_is_one_line(small, tmp_path, mesh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(rm.CritiqueRMError, match="needs a package: pip install tensorboard"):
+        run_here(*small, "--tensorboard", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------------------
