@@ -35,7 +35,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -450,7 +450,9 @@ def init_adapters(model: PreTrainedModel, seed: int) -> None:
     for layer in adapted_layers(model).values():
         bound = layer.lora_a.shape[1] ** -0.5
         values = torch.empty(layer.lora_a.shape).uniform_(-bound, bound, generator=generator)
-        sharded = dtensor.distribute_tensor(values, layer.lora_a.device_mesh, layer.lora_a.placements)
+        sharded = dtensor.distribute_tensor(
+            values, layer.lora_a.device_mesh, layer.lora_a.placements
+        )
         layer.lora_a.copy_(sharded)
         layer.lora_b.zero_()
 
@@ -1043,12 +1045,22 @@ def summarize(folder: Path, results: dict[str, float]) -> dict:
 PROGRAM_BYTES = 0.4e9  # Python, torch and Transformers; a GPU does not hold them
 
 
+class Part(NamedTuple):
+    """Something that takes memory of a process."""
+
+    n_bytes: float
+    reason: str
+
+
+Parts = dict[str, Part]  # by name
+
+
 def plan(args: Namespace) -> dict[str, float | bool]:
     """The peak memory of a process, in GB, by what takes it; and whether the device has as much.
 
-    Nothing is loaded: the activations are those that a forward pass on tensors without storage
-    would keep for backward, so they are exact for any model, at `--micro-batch-tokens`. A pair that
-    is longer is computed whole all the same.
+    Prints a table as well. Nothing is loaded: the activations are those that a forward pass on
+    tensors without storage would keep for backward, so they are exact for any model, at
+    `--micro-batch-tokens`. A pair that is longer is computed whole all the same.
     """
     device, _ = rm.start_processes()
     config = tiny_config(args) if args.model == "tiny" else rm.load_config(args.model)
@@ -1060,9 +1072,22 @@ def plan(args: Namespace) -> dict[str, float | bool]:
     n_tokens = args.micro_batch_tokens
     if n_tokens == "auto":
         n_tokens = choose_micro_batch(args, config, dtype, args.nproc)
-    parts = plan_bytes(args, config, dtype, n_tokens, args.nproc)
-    in_gb = {f"{name}_gb": round(size / 1e9, 3) for name, size in parts.items()}
-    return {"micro_batch_tokens": n_tokens} | in_gb | {"fits": fits(parts)}
+    parts = plan_parts(args, config, dtype, n_tokens, args.nproc)
+    has_room = fits(parts, args, args.nproc)
+    answer = "fits" if has_room else "does not fit"
+    room = device_bytes(args, args.nproc)
+    parts["total"] = Part(total_bytes(parts), f"{answer}: allocators leave gaps of a tenth")
+    parts["device"] = Part(room, "what there is for a process")
+    print_plan(parts)
+    in_gb = {f"{name}_gb": round(part.n_bytes / 1e9, 3) for name, part in parts.items()}
+    return {"micro_batch_tokens": n_tokens} | in_gb | {"fits": has_room}
+
+
+def print_plan(parts: Parts) -> None:
+    print("| GB | of a process | reason |\n|---:|---|---|")
+    for name, part in parts.items():
+        if part.n_bytes:
+            print(f"| {part.n_bytes / 1e9:.3f} | {name} | {part.reason} |")
 
 
 def choose_micro_batch(
@@ -1075,7 +1100,10 @@ def choose_micro_batch(
     """
     device_type = "cuda" if plans_for_gpu(args) else "cpu"
     n_tokens = rm.MICRO_BATCHES[device_type, rm.name_of(dtype)].largest_tokens
-    while n_tokens > 256 and not fits(plan_bytes(args, config, dtype, n_tokens, n_processes)):
+    while n_tokens > 256:
+        parts = plan_parts(args, config, dtype, n_tokens, n_processes)
+        if fits(parts, args, n_processes):
+            break
         n_tokens //= 2
     of_all = torch.tensor(n_tokens)
     dist.all_reduce(of_all, op=dist.ReduceOp.MIN)
@@ -1086,52 +1114,87 @@ def plans_for_gpu(args: Namespace) -> bool:
     return bool(args.device_gb) or torch.cuda.is_available()
 
 
-def fits(parts: dict[str, float]) -> bool:
-    return parts["total"] < 0.9 * parts["device"]  # allocators leave gaps
+def total_bytes(parts: Parts) -> float:
+    return sum(part.n_bytes for part in parts.values())
 
 
-def plan_bytes(
+def fits(parts: Parts, args: Namespace, n_processes: int) -> bool:
+    return total_bytes(parts) < 0.9 * device_bytes(args, n_processes)
+
+
+def plan_parts(
     args: Namespace,
     config: PreTrainedConfig,
     dtype: torch.dtype,
     n_tokens: int,
     n_processes: int,
-) -> dict[str, float]:
-    """The peak memory of one of the processes in bytes, by what takes it, and the device's."""
+) -> Parts:
+    """What takes memory at the peak of one of the processes, and how much."""
     n_shards = args.shard_group or n_processes
     if n_processes % n_shards:
         raise CritiqueRMError(f"{n_processes} processes are not groups of {n_shards}")
-    config = copy.deepcopy(config)
-    config.dtype = dtype
     problem = f"{args.model}: no model can be computed from its config.json"
     with rm.explain(problem, Exception), FakeTensorMode(), torch.device("cpu"):
-        model = rm.make_model(config)
-        trunk, head = rm.trunk_and_head(model)
-        head.weight = torch.nn.Parameter(head.weight.float())
+        model = make_fake_model(args, config, dtype)
+        blocks = rm.find_blocks(rm.trunk_and_head(model)[0])
         whole = activation_bytes(model, n_tokens, args.max_length_tokens)
         kept = whole
         if args.activation_checkpointing:
             rm.set_mode(model, checkpointing=True)
             kept = activation_bytes(model, n_tokens, args.max_length_tokens)
-        blocks = rm.find_blocks(trunk)
-    n, block = (sum(p.numel() for p in m.parameters()) for m in (model, blocks[0]))
-    root = n - block * len(blocks)
-    parts = {
-        "program": 0.0 if plans_for_gpu(args) else PROGRAM_BYTES,
-        "parameters": 4 * n / n_shards,
-        "gradients": 4 * n / n_shards,
-        "optimizer": 8 * n / n_shards,
-        # weights to compute with, and gradients: of a replica all, else (copied from what is
-        # received) embedding and norm, a block, and the next one
-        "gathered": (dtype.itemsize + 4) * n
-        if n_shards == 1
-        else 2 * dtype.itemsize * (root + block),
-        # gradients of the largest group on their way to their shards: computed, sent, received
-        "reduced": (dtype.itemsize + 8) * max(root, block),
-        "activations": kept + whole / len(blocks),  # of all blocks, and of one that is gone through
+    n_frozen, n_trained = count_parameters(model)
+    frozen_of_block, trained_of_block = count_parameters(blocks[0])
+    block = frozen_of_block + trained_of_block
+    root = n_frozen + n_trained - block * len(blocks)
+    trained_of_root = n_trained - trained_of_block * len(blocks)
+    name = rm.name_of(dtype)
+    shards = f" / {n_shards} shards" if n_shards > 1 else ""
+    if n_shards == 1:
+        gathered = Part(
+            (dtype.itemsize + 4) * n_trained,
+            f"trained weights in {name} to compute with, gradients in float32 before clipping",
+        )
+    else:
+        gathered = Part(
+            2 * dtype.itemsize * (root + block),
+            f"{name} weights of embedding and head, of a block and the next, as they are received",
+        )
+    reduced = (dtype.itemsize + 8) * max(trained_of_root, trained_of_block)
+    activations = kept + whole / len(blocks)
+    is_recomputed = args.activation_checkpointing
+    means = "each block's input, and one block" if is_recomputed else "all blocks, and one twice"
+    return {
+        "program": Part(0.0 if plans_for_gpu(args) else PROGRAM_BYTES, "Python and its packages"),
+        "frozen": Part(
+            dtype.itemsize * n_frozen / n_shards,
+            f"{n_frozen:,} weights that are not trained, in {name}{shards}",
+        ),
+        "parameters": Part(
+            4 * n_trained / n_shards, f"{n_trained:,} trained weights in float32{shards}"
+        ),
+        "gradients": Part(4 * n_trained / n_shards, f"one for each, in float32{shards}"),
+        "optimizer": Part(8 * n_trained / n_shards, f"AdamW's two means of each{shards}"),
+        "gathered": gathered,
+        "reduced": Part(reduced, "gradients of the largest group: computed, sent, received"),
+        "activations": Part(activations, f"of {n_tokens:,} tokens at once: {means}"),
     }
-    room = (args.device_gb or memory_gb(n_processes)) * 1e9
-    return parts | {"total": sum(parts.values()), "device": room}
+
+
+def make_fake_model(
+    args: Namespace, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model as FSDP lets it compute, for tensors without storage."""
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    model = rm.make_model(config)
+    model.score.weight = nn.Parameter(model.score.weight.float())
+    model.compute_dtype = dtype
+    if args.lora_rank:
+        add_adapters(model, args)
+        for layer in adapted_layers(model).values():
+            layer.lora_a = nn.Parameter(layer.lora_a.to(dtype))
+            layer.lora_b = nn.Parameter(layer.lora_b.to(dtype))
+    return model
 
 
 def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> int:
@@ -1155,11 +1218,13 @@ def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> 
     return sum(size for address, (size, _) in kept.items() if address not in weights)
 
 
-def memory_gb(n_processes: int) -> float:
-    """The memory of a process's device: a GPU's, or its share of this machine's."""
+def device_bytes(args: Namespace, n_processes: int) -> float:
+    """The memory of a process's device: as given, a GPU's, or its share of this machine's."""
+    if args.device_gb:
+        return args.device_gb * 1e9
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[1] / 1e9
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 / n_processes
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / n_processes
 
 
 # --------------------------------------------------------------------------------------------------

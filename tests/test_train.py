@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers import LlamaForSequenceClassification, pipeline
+from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
 
 import critique_rm as rm
 import train
@@ -575,6 +575,38 @@ def test_a_plan_counts_what_a_real_model_keeps():
     assert not train.plan(train.parse_arguments([*size, "--device-gb", "0.01"]))["fits"]
     with pytest.raises(rm.CritiqueRMError, match="4 processes are not groups of 3"):
         train.plan(train.parse_arguments(["--nproc", "4", "--shard-group", "3"]))
+
+
+def test_a_plan_for_adapters_of_eight_billion_fits_a_gpu_of_24_gb(tmp_path, capsys, monkeypatch):
+    """Llama 3 8B: 8,030,261,248 weights, less 128,256 x 4,096 of the head of the language model."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    LlamaConfig(**shape, max_position_embeddings=8192).save_pretrained(tmp_path)
+    monkeypatch.setattr(rm, "find_weights", lambda folder: [])
+    size = ["--micro-batch-tokens", "2048", "--device-gb", "24", "--lora-rank", "16"]
+    flags = ["--plan", "--model", str(tmp_path), "--activation-checkpointing", *size]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: None)
+    assert train.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    inputs_and_outputs = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)  # of a block
+    n_trained = 32 * 16 * inputs_and_outputs + 4096
+    assert found["frozen_gb"] == round(2 * (8_030_261_248 - 128_256 * 4096) / 1e9, 3) == 15.01
+    assert found["parameters_gb"] == round(4 * n_trained / 1e9, 3) == 0.168
+    assert found["optimizer_gb"] == round(8 * n_trained / 1e9, 3)
+    assert found["gathered_gb"] == round(6 * n_trained / 1e9, 3)  # nothing that is frozen
+    assert found["activations_gb"] > 32 * 2048 * 4096 * 2 / 1e9  # the blocks' inputs
+    assert found["total_gb"] < 0.9 * 24 and found["fits"]
+    rows = dict(line.split(" | ")[1::-1] for line in lines[2:-1])
+    assert {name: value.strip("| ") for name, value in rows.items()} == {
+        name.removesuffix("_gb"): f"{value:.3f}"
+        for name, value in found.items()
+        if name.endswith("_gb") and value
+    }
+    sharded = train.plan(train.parse_arguments([*flags, "--nproc", "2"]))
+    assert sharded["frozen_gb"] == round(found["frozen_gb"] / 2, 3)
+    assert sharded["gathered_gb"] > 2 * 2 * 128_256 * 4096 / 1e9  # also what is frozen
 
 
 def test_micro_batches_fit_the_memory_of_the_device():
