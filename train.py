@@ -79,16 +79,15 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument_group("data and model").add_argument
+    data = parser.add_argument_group("data and model")
+    add = data.add_argument
     add("--model", default="tiny", help="folder, Hub name, or 'tiny' (from scratch)")
     add("--new-head", action="store_true", help="draw a new head where --model has a reward head")
     add("--train", help="pairs to train on; None: the embedded ones")
     add("--test", action="append", help="pairs to test on; may be repeated")
-    valid = parser.add_mutually_exclusive_group()
-    valid.add_argument("--valid", help="pairs to choose weights by: RUN holds the best of the run")
-    valid.add_argument(
-        "--valid-share", type=share, help="choose by this share of --train's prompts"
-    )
+    either = data.add_mutually_exclusive_group().add_argument
+    either("--valid", metavar="FILE", help="held-back pairs: RUN gets the weights best on them")
+    either("--valid-share", type=fraction, help="hold back the pairs of this share of prompts")
     add("--no-critiques", action="store_true", help="the baseline r(x, y)")
     add("--critiques", metavar="FILE", help="take them from there, by pair or by response")
     add("--max-pairs", type=positive_int, help="the first N in the seeded order")
@@ -98,8 +97,8 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--epochs", type=positive_int, help="None: 3 for tiny, else 1")
     add("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
     add("--lr", type=positive_float, help="at its peak; None: 1e-3 for tiny, 1e-4 for LoRA, 1e-5")
-    add("--warmup-share", type=share, default=0.1, help="share of steps in which lr rises")
-    add("--weight-decay", type=share, default=0.0, help="AdamW's, of all that is trained")
+    add("--warmup-share", type=fraction, default=0.1, help="share of steps in which lr rises")
+    add("--weight-decay", type=fraction, default=0.0, help="AdamW's, of all that is trained")
     add("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
     add("--average-critiques", action="store_true", help="mean reward, not one drawn an epoch")
     add("--seed", type=natural, default=0, help="of data order, head and tiny model")
@@ -153,7 +152,7 @@ def positive_float(text: str) -> float:
     return float(text)
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     if not 0 <= float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
     return float(text)
@@ -938,7 +937,7 @@ def save_result(model: PreTrainedModel, encoder: Encoder, folder: Path, args: Na
     rm.save_model(model, encoder, folder, model_card(args, encoder), write_weights)
 
 
-def test_model(
+def score_tests(
     model: PreTrainedModel, tests: Tests, folder: Path, args: Namespace
 ) -> dict[str, float]:
     """Writes the scores of each test file; returns the accuracy on it. A collective call."""
@@ -989,6 +988,7 @@ def model_card(args: Namespace, encoder: Encoder) -> str:
     data = Path(args.train).name if os.path.exists(args.train) else args.train
     base = Path(args.model).name if os.path.isdir(args.model) else args.model
     written, kept = encoder.template.tail
+    trained = f"adapters of rank {args.lora_rank}" if args.lora_rank else "all weights"
     cut = "" if encoder.keep_tail else f"text = text.removesuffix({written!r}) + {kept!r}\n"
     return f"""# Reward model
 
@@ -996,14 +996,14 @@ Reads {reads}; gives one number, higher is better. Made by critique-rm, after "I
 Models with Synthetic Critiques" (arXiv 2405.20850).
 
 - base model: {base}
-- training data: {data}, {args.epochs} epochs, seed {args.seed}
+- training data: {data}, {args.epochs} epochs, seed {args.seed}; trained: {trained}
 - separator between response and critique: {rm.SEPARATOR!r}
 - the reward is read at {end!r}
 
 ```python
 from transformers import pipeline
 SEPARATOR = {rm.SEPARATOR!r}
-score = pipeline("text-classification", "THIS_FOLDER")
+score = pipeline("text-classification", "THIS_FOLDER", dtype="float32")
 messages = [{{"role": "user", "content": prompt}}, {{"role": "assistant", "content": {answer}}}]
 text = score.tokenizer.apply_chat_template(messages, tokenize=False)
 {cut}print(score(text, add_special_tokens=False)[0]["score"])
@@ -1285,7 +1285,7 @@ def run(args: Namespace) -> dict:
     del model
     gc.collect()  # or it would still be there, in cycles, while the saved one is loaded
     model = check_saved(folder, sample, before, description["dtype"], args)
-    results = test_model(model, tests, folder, args)
+    results = score_tests(model, tests, folder, args)
     description |= {"training_pairs": len(selected), "best": best, "results": results}
     description |= {"summary": (summary := summarize(folder, results))}
 

@@ -219,7 +219,7 @@ def test_each_test_file_has_its_own_scores(model_and_pairs, tmp_path):
     args, model, pairs = model_and_pairs
     names = ("a/test.jsonl", "b/test.jsonl", "c/test-2.jsonl")
     tests = {name: [pair] for name, pair in zip(names, pairs)}
-    train.test_model(model, tests, tmp_path, args)
+    train.score_tests(model, tests, tmp_path, args)
     found = {path.name: read_lines(path)[0]["id"] for path in tmp_path.iterdir()}
     stems = ("test", "test-2", "test-2-2")
     assert found == {f"scores-{s}.jsonl": e.pair.id for s, e in zip(stems, pairs)}
