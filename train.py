@@ -702,14 +702,9 @@ def train_step(
         loss = rm.pairwise_loss(chosen, rejected, targets, args.centering)
         # FSDP averages gradients over ranks; the loss is a mean over the pairs of all of them
         (loss * dist.get_world_size() / len(pairs)).backward()
-        with torch.no_grad():
-            n_correct = (chosen > rejected).sum()
-            margin = (chosen - rejected).sum()
-            reward = (chosen + rejected).sum() / 2
-            sums += torch.stack([loss, n_correct, margin, reward])
-            if len(pair_ids):  # a rank may have no pair in a micro-batch
-                both = torch.cat([chosen, rejected])
-                extremes = torch.maximum(extremes, torch.stack([-both.min(), both.max()]))
+        sums += sum_rewards(loss, chosen, rejected)
+        if len(pair_ids):  # a rank may have no pair in a micro-batch
+            extremes = torch.maximum(extremes, range_of_rewards(chosen, rejected))
         n_tokens += batch.n_tokens
         n_computed += batch.ids.numel()
     counts = torch.tensor([n_tokens, n_computed], dtype=torch.float64, device=device)
@@ -741,6 +736,22 @@ def train_step(
     }
 
 
+@torch.no_grad()
+def sum_rewards(loss: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The sums (4,) over pairs of what a step reports, with rewards (B,) of their sides."""
+    n_correct = (chosen > rejected).sum()
+    margin = (chosen - rejected).sum()
+    reward = (chosen + rejected).sum() / 2
+    return torch.stack([loss, n_correct, margin, reward])
+
+
+@torch.no_grad()
+def range_of_rewards(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The largest −r and the largest r (2,): both can then be reduced by a maximum."""
+    rewards = torch.cat([chosen, rejected])
+    return torch.stack([-rewards.min(), rewards.max()])
+
+
 def mean_per_side(rewards: Tensor, owners: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
     """The mean rewards (B,) of chosen and of rejected, and the indices (B,) of their pairs.
 
@@ -756,6 +767,16 @@ def mean_per_side(rewards: Tensor, owners: np.ndarray) -> tuple[Tensor, Tensor, 
     return chosen, rejected, sides[::2] // 2
 
 
+def make_optimizer(model: PreTrainedModel, args: Namespace) -> Optimizer:
+    return torch.optim.AdamW(
+        trained_parameters(model).values(),
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+
+
 def train(
     model: PreTrainedModel,
     pairs: list[EncodedPair],
@@ -768,13 +789,7 @@ def train(
 
     With held-back pairs the model then has its best weights; returns their step and figures.
     """
-    optimizer = torch.optim.AdamW(
-        trained_parameters(model).values(),
-        lr=args.lr,
-        betas=(0.9, 0.95),
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, args)
     n_per_epoch = math.ceil(len(pairs) / args.batch_pairs)
     n_steps = n_per_epoch * args.epochs
     n_warmup = max(1, int(args.warmup_share * n_steps))
@@ -1251,13 +1266,10 @@ def run(args: Namespace) -> dict:
         # before a tokenizer is trained: it must not see the others
         selected, held_back = select_pairs(pairs, args)
         model, encoder = prepare_model(args, folder, selected)
-        training = encoder.encode_pairs(selected, args.train, skip_bad=args.skip_bad)
-        valid, tests = [], {}
-        if held_back:
-            name = args.valid or f"{args.train}, held back"
-            valid = encoder.encode_pairs(held_back, name, skip_bad=args.skip_bad)
-        for name in dict.fromkeys(args.test):
-            tests[name] = encoder.encode_pairs(pairs[name], name, skip_bad=args.skip_bad)
+        encode = partial(encoder.encode_pairs, skip_bad=args.skip_bad)
+        training = encode(selected, args.train)
+        valid = encode(held_back, args.valid or "held back") if held_back else []
+        tests = {name: encode(pairs[name], name) for name in dict.fromkeys(args.test)}
         # once, of all pairs, before the folder is written to, and before anything is compiled
         share = rm.shares_prefixes(model, longest_sequence([*training, *valid]))
         if args.compile:

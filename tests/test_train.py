@@ -509,7 +509,7 @@ def test_rewards_of_a_step_are_those_of_its_pairs(model_and_pairs):
     for score in rm.score_pairs(model, pairs, 512):
         rewards += [score.chosen_reward, score.rejected_reward]
     found = [row["min_reward"], row["mean_reward"], row["max_reward"]]
-    assert found == pytest.approx([min(rewards), np.mean(rewards), max(rewards)], abs=1e-5)
+    assert found == pytest.approx([min(rewards), np.mean(rewards), max(rewards)], rel=1e-5)
 
 
 def test_eight_pairs_are_learned(model_and_pairs):
