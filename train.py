@@ -977,22 +977,29 @@ def check_saved(
 ) -> PreTrainedModel:
     """Loads what was saved and scores a few pairs again: a lost head must be noticed here.
 
-    Of merged adapters that are not fp32 throughout, W + B A is rounded where W and B A were, and
-    the rounding of each layer goes through all behind it: SmolLM2's rewards in bf16 moved by 0.015
-    of 1 + |r|, at most 0.025. Another head moves them by about 1.
+    Merged adapters that are not fp32 throughout are rounded with the weight they are added to, and
+    each layer's rounding goes through all behind it. Of 1 + |r|, SmolLM2's rewards in bf16 moved
+    by 0.029 in the mean and 0.08 at most, by 0.026 and 0.07 between two sizes of micro-batch.
+    Another head moves them by about 0.5; between the two lies 0.2, of the mean, as one pair tells
+    little.
     """
     model, _ = rm.load_reward_model(str(folder), dtype=dtype, compiled=args.compile)
     after = rm.score_pairs(model, sample, args.micro_batch_tokens)
+    old = np.array([score.chosen_reward for score in before])
+    new = np.array([score.chosen_reward for score in after])
+    differences = np.abs(old - new) / (1 + np.abs(old))
     stored = rm.read_headers(rm.find_weights(str(folder)))
     is_exact = {dtype, *(header.dtype for header in stored.values())} == {"float32", "F32"}
-    tolerance = 0.1 if args.lora_rank and not is_exact else 1e-4
-    for old, new in zip(before, after):
-        difference = abs(old.chosen_reward - new.chosen_reward)
-        if difference > tolerance * (1 + abs(old.chosen_reward)):
-            raise CritiqueRMError(
-                f"{folder}: after saving and loading, {old.id} scores {new.chosen_reward} instead "
-                f"of {old.chosen_reward}; the checkpoints are kept"
-            )
+    if args.lora_rank and not is_exact:
+        is_same = differences.mean() < 0.2
+    else:
+        is_same = differences.max() < 1e-4
+    if not is_same:
+        n = differences.argmax()
+        raise CritiqueRMError(
+            f"{folder}: after saving and loading, {before[n].id} scores {new[n]} instead of "
+            f"{old[n]}; the checkpoints are kept"
+        )
     return model
 
 
