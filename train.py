@@ -1100,7 +1100,8 @@ def plan(args: Namespace) -> dict[str, float | bool]:
     room = device_bytes(args, args.nproc)
     parts["total"] = Part(total_bytes(parts), f"{answer}: allocators leave gaps of a tenth")
     parts["device"] = Part(room, "what there is for a process")
-    print_plan(parts)
+    if dist.get_rank() == 0:
+        print_plan(parts)
     in_gb = {f"{name}_gb": round(part.n_bytes / 1e9, 3) for name, part in parts.items()}
     return {"micro_batch_tokens": n_tokens} | in_gb | {"fits": has_room}
 
@@ -1373,8 +1374,10 @@ def main() -> int:
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
-        advice = "lower --micro-batch-tokens, add --activation-checkpointing, or use more processes"
-        rm.say_error("train.py", MemoryError(f"out of memory; {advice}"))
+        advice = (
+            "lower --micro-batch-tokens, add --activation-checkpointing, use more processes, or"
+        )
+        rm.say_error("train.py", MemoryError(f"out of memory; {advice} train a --lora-rank"))
         return 1
     except KeyboardInterrupt:
         say("train.py: interrupted; continue with --out RUN --resume")

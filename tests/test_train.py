@@ -604,9 +604,6 @@ def test_a_plan_for_adapters_of_eight_billion_fits_a_gpu_of_24_gb(tmp_path, caps
         for name, value in found.items()
         if name.endswith("_gb") and value
     }
-    sharded = train.plan(train.parse_arguments([*flags, "--nproc", "2"]))
-    assert sharded["frozen_gb"] == round(found["frozen_gb"] / 2, 3)
-    assert sharded["gathered_gb"] > 2 * 2 * 128_256 * 4096 / 1e9  # also what is frozen
 
 
 def test_micro_batches_fit_the_memory_of_the_device():
@@ -707,21 +704,23 @@ def test_learning_rate_warms_up_and_ends_near_zero():
     assert rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 17 / 18)))
 
 
-def test_warm_up_and_weight_decay_act(small, mesh, tmp_path):
-    """lr rises over half of the 6 steps. AdamW takes lr × decay × w away, here in a single step."""
-    run_here(*small, "--warmup-share", "0.5", "--out", tmp_path / "warm")
-    rates = [row["lr"] for row in read_lines(tmp_path / "warm" / "metrics.jsonl")]
+def test_warm_up_acts(small, mesh, tmp_path):
+    run_here(*small, "--warmup-share", "0.5", "--out", tmp_path)
+    rates = [row["lr"] for row in read_lines(tmp_path / "metrics.jsonl")]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 0.75e-3, 0.25e-3])
-    single = [*small, "--batch-pairs", "10", "--epochs", "1", "--lr", "0.01"]
-    for decay in ("0", "0.5"):
-        run_here(*single, "--weight-decay", decay, "--out", tmp_path / decay)
-    plain, decayed = (weights(tmp_path / decay) for decay in ("0", "0.5"))
-    args = train.parse_arguments([str(flag) for flag in single])
-    selected, _ = train.select_pairs({args.train: rm.read_pairs(args.train)}, args)
-    model, _ = train.prepare_model(args, tmp_path, selected)
-    for name, p in model.state_dict().items():
-        expected = plain[name] - 0.01 * 0.5 * p.full_tensor()
-        torch.testing.assert_close(decayed[name], expected, rtol=0, atol=1e-6)
+
+
+def test_weight_decay_acts():
+    """Where the gradient is zero AdamW takes lr × decay × w away, and nothing by default."""
+    layer = torch.nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    train.make_optimizer(layer, train.parse_arguments(["--lr", "0.5"])).step()
+    assert torch.equal(layer.weight, before)
+    flags = ["--lr", "0.5", "--weight-decay", "0.25"]
+    train.make_optimizer(layer, train.parse_arguments(flags)).step()
+    torch.testing.assert_close(layer.weight, before * (1 - 0.5 * 0.25))
 
 
 class Board:
