@@ -96,7 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive_int, help="None: 3 for tiny, else 1")
     add("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
-    add("--lr", type=positive_float, help="at its peak; None: 1e-3 for tiny, 1e-4 for LoRA, 1e-5")
+    add("--lr", type=positive_float, help="at its peak; None: 1e-5, 1e-4 of adapters, 1e-3 of tiny")
     add("--warmup-share", type=fraction, default=0.1, help="share of steps in which lr rises")
     add("--weight-decay", type=fraction, default=0.0, help="AdamW's, of all that is trained")
     add("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
@@ -115,7 +115,11 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--out", help="folder to write; None: the next free runs/NNN")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--eval-every-steps", type=positive_int, help="test on the way; None: --valid's, 10 times")
+    add(
+        "--eval-every-steps",
+        type=positive_int,
+        help="on --valid and --test; None: --valid, ten times",
+    )
     add("--save-every-steps", type=positive_int, default=500, help="for --resume")
     add("--tensorboard", action="store_true", help="write the metrics for TensorBoard as well")
     add = parser.add_argument_group("plan").add_argument
