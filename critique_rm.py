@@ -2189,30 +2189,49 @@ def find_blocks(trunk: nn.Module) -> nn.ModuleList:
 
 
 def build_model(
-    config: PreTrainedConfig, compute_dtype: torch.dtype, mesh: dist.DeviceMesh, empty: bool = True
+    config: PreTrainedConfig,
+    compute_dtype: torch.dtype,
+    mesh: dist.DeviceMesh,
+    empty: bool = True,
+    change: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """Builds a sharded model, without weights, which `read_weights` fills, or with new ones.
 
     The parameters are fp32 and sharded (FSDP2) block by block, then the rest of the trunk, then the
     head, so that the trunk computes in `compute_dtype` and the head in fp32. An empty one allocates
-    nothing before it is sharded: no rank holds the whole model.
+    nothing before it is sharded: no rank holds the whole model. `change` is called before that:
+    `freeze`, or what adds to the model.
     """
     with torch.device("meta" if empty else "cpu"):
         model = make_model(config)
     trunk, head = trunk_and_head(model)
     model.compute_dtype = compute_dtype
     say(f"computing in {name_of(compute_dtype)}")
+    if change:
+        change(model)
+    n_shards = mesh.shape[-1]
+    # FSDP computes with a copy of its shards, even if there is one. Weights that are frozen can be
+    # computed with as they are: without FSDP a process that has them all holds them once.
+    unmanaged = set()
+    if n_shards == 1:
+        unmanaged = {p for p in trunk.parameters() if not p.requires_grad}
     policy = fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    blocks = find_blocks(trunk)
-    for block in blocks:
-        fsdp.fully_shard(
-            block, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.shape[-1] > 1
-        )
-    fsdp.fully_shard(trunk, mesh=mesh, mp_policy=policy)
+    options = {"mesh": mesh, "mp_policy": policy, "ignored_params": unmanaged}
+    for block in find_blocks(trunk):
+        fsdp.fully_shard(block, reshard_after_forward=n_shards > 1, **options)
+    fsdp.fully_shard(trunk, **options)
     fsdp.fully_shard(
         head, mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)
     )
     return model
+
+
+def freeze(model: PreTrainedModel) -> None:
+    """Makes the trunk's weights constants, held in the dtype they are computed in: bf16 is half."""
+    trunk, _ = trunk_and_head(model)
+    for parameter in trunk.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(model.compute_dtype)
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
@@ -2276,13 +2295,9 @@ def read_weights(
     if others:
         say(f"{folder}: not read, as Transformers would not: {', '.join(sorted(others))}")
     stored = read_headers(paths)
-    weights = model.state_dict()
-    trunk = {name: p for name, p in weights.items() if not name.startswith("score.")}
     model.to_empty(device=device)
     fill_buffers(model)
-    prefix = _find_prefix(model, trunk, stored)
-    own_prefix = model.base_model_prefix + "."
-    wanted = {prefix + name.removeprefix(own_prefix): name for name in trunk}
+    prefix, wanted = match_keys(model, stored)
     keeps_head = "score.weight" in stored and not new_head
     if keeps_head or head_seed is None:
         wanted["score.weight"] = "score.weight"
@@ -2362,10 +2377,24 @@ def read_headers(paths: Sequence[Path]) -> dict[str, Header]:
     return headers
 
 
-def _find_prefix(model: PreTrainedModel, trunk: Iterable[str], stored: dict[str, Header]) -> str:
+ADAPTERS = (".lora_a", ".lora_b")  # what train.py adds to linear layers, and no file holds
+
+
+def match_keys(model: PreTrainedModel, stored: dict[str, Header]) -> tuple[str, dict[str, str]]:
+    """The prefix that the trunk's weights have in a file, and their names in the model by key."""
+    own_prefix = model.base_model_prefix + "."
+    trunk = []
+    for name in model.state_dict():
+        if not name.startswith("score.") and not name.endswith(ADAPTERS):
+            trunk.append(name)
+    prefix = _find_prefix(own_prefix, trunk, stored)
+    return prefix, {prefix + name.removeprefix(own_prefix): name for name in trunk}
+
+
+def _find_prefix(own_prefix: str, trunk: Iterable[str], stored: dict[str, Header]) -> str:
     """What stands before the names of the trunk's weights in a file: "model.", nothing, or more."""
-    names = [name.removeprefix(model.base_model_prefix + ".") for name in trunk]
-    prefixes = {model.base_model_prefix + "."}
+    names = [name.removeprefix(own_prefix) for name in trunk]
+    prefixes = {own_prefix}
     for key in stored:
         if key.endswith("." + names[0]) or key == names[0]:
             prefixes.add(key.removesuffix(names[0]))
@@ -2444,16 +2473,26 @@ def init_head(model: PreTrainedModel, seed: int) -> None:
 FILE_BYTES = 2**32  # in a file of the final weights
 
 
-def save_model(model: PreTrainedModel, encoder: Encoder, folder: Path, card: str) -> None:
+def save_model(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    folder: Path,
+    card: str,
+    write_weights: Callable[[Path], None] | None = None,
+) -> None:
     """Writes a plain Hugging Face folder, its weights shard by shard. A collective call.
 
-    Everything is written beside its final place first and moved at the end.
+    Everything is written beside its final place first and moved at the end. `write_weights` fills
+    a new folder with safetensors, if they are not to be those of the model as it is.
     """
     draft = folder / "draft"
-    write_tensors(draft, model.state_dict(), FILE_BYTES, consolidate=True)
+    if write_weights:
+        write_weights(draft)
+    else:
+        write_tensors(draft, model.state_dict(), FILE_BYTES, consolidate=True)
 
     def complete() -> None:
-        shutil.rmtree(draft / "sharded")  # what the writer leaves behind
+        shutil.rmtree(draft / "sharded", ignore_errors=True)  # what the writer leaves behind
         if (single := draft / "model-00001-of-00001.safetensors").exists():
             single.replace(draft / "model.safetensors")  # as everyone expects
             (draft / "model.safetensors.index.json").unlink()
@@ -2707,7 +2746,8 @@ def load_reward_model(
     check_fits(config, encoder)
     if not ours:
         say_where_read(folder, encoder)
-    model = build_model(config, choose_dtype(dtype, device, config.hidden_size), mesh)
+    compute_dtype = choose_dtype(dtype, device, config.hidden_size)
+    model = build_model(config, compute_dtype, mesh, change=freeze)
     read_weights(model, folder, device)
     if compiled:
         compile_blocks(model)

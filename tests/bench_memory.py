@@ -44,13 +44,15 @@ def measure(folder: Path, arguments: list[str]) -> None:
     import critique_rm as rm
     import train
 
-    peaks = dict.fromkeys(PHASES, 0)
+    peaks, models = dict.fromkeys(PHASES, 0), []
 
     def watch(phase: str) -> None:
         module = next(module for module in (train, rm) if hasattr(module, PHASES[phase]))
         function = getattr(module, PHASES[phase])
 
         def watched(*args, **kwargs):
+            if phase == "step":
+                models[:] = args[:1]
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             try:
                 return function(*args, **kwargs)
@@ -68,10 +70,10 @@ def measure(folder: Path, arguments: list[str]) -> None:
 
     def counted(optimizer, *args):
         result = step(optimizer, *args)
-        parameters = optimizer.param_groups[0]["params"]
-        tensors = [*parameters, *(p.grad for p in parameters)]
+        tensors = list(models[0].parameters())
+        tensors += [p.grad for p in tensors if p.grad is not None]
         tensors += [t for state in optimizer.state.values() for t in state.values() if t.ndim]
-        states[0] = sum(t.to_local().nbytes for t in tensors)
+        states[0] = sum(getattr(t, "to_local", lambda: t)().nbytes for t in tensors)
         return result
 
     torch.optim.AdamW.step = counted

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers import LlamaForSequenceClassification, pipeline
+from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
 
 import critique_rm as rm
 import train
@@ -70,7 +70,8 @@ def test_last_line_of_stdout_is_the_summary(finished):
 def test_metrics_have_one_line_a_step(finished):
     rows = read_lines(finished[0] / "metrics.jsonl")
     assert list(rows[0]) == [
-        *("step", "epoch", "loss", "accuracy", "margin", "grad_norm", "lr"),
+        *("step", "epoch", "loss", "accuracy", "margin"),
+        *("min_reward", "mean_reward", "max_reward", "grad_norm", "lr"),
         *("n_pairs", "n_tokens", "padding_share", "seconds"),
     ]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -214,13 +215,11 @@ def test_a_damaged_run_json_is_not_taken_for_a_new_run(tmp_path, small, mesh):
         run_here(*small, "--out", tmp_path, "--resume")
 
 
-def test_each_test_file_has_its_own_scores(model_and_pairs, tmp_path, monkeypatch):
+def test_each_test_file_has_its_own_scores(model_and_pairs, tmp_path):
     args, model, pairs = model_and_pairs
-    monkeypatch.setattr(rm, "save_model", lambda *_: None)
     names = ("a/test.jsonl", "b/test.jsonl", "c/test-2.jsonl")
     tests = {name: [pair] for name, pair in zip(names, pairs)}
-    monkeypatch.setattr(train, "model_card", lambda *_: "")
-    train.finish(model, None, tests, tmp_path, args)
+    train.score_tests(model, tests, tmp_path, args)
     found = {path.name: read_lines(path)[0]["id"] for path in tmp_path.iterdir()}
     stems = ("test", "test-2", "test-2-2")
     assert found == {f"scores-{s}.jsonl": e.pair.id for s, e in zip(stems, pairs)}
@@ -278,9 +277,15 @@ def test_a_folder_that_is_not_that_of_rank_zero_is_refused(tmp_path, mesh, monke
 
 def test_too_little_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=35e9))
-    train.check_disk(tmp_path, 970_000_000)
-    with pytest.raises(rm.CritiqueRMError, match="35.0 GB are free, 36.0 GB are needed"):
-        train.check_disk(tmp_path, 1_000_000_000)
+    with torch.device("meta"):
+        model = torch.nn.Linear(1000, 970_000, bias=False)
+        train.check_disk(tmp_path, model, keeps_best=False)
+        model.add_module("more", torch.nn.Linear(1000, 30_000, bias=False))
+        with pytest.raises(rm.CritiqueRMError, match="35.0 GB are free, 36.0 GB are needed"):
+            train.check_disk(tmp_path, model, keeps_best=False)
+        model.more.requires_grad_(False)  # it is in the result, not in checkpoints
+        with pytest.raises(rm.CritiqueRMError, match="35.0 GB are free, 35.0 GB are needed"):
+            train.check_disk(tmp_path, model, keeps_best=False)
 
 
 def test_resume_names_what_differs():
@@ -451,9 +456,9 @@ def test_a_step_never_waits_for_the_device_before_the_gradient_norm(model_and_pa
     train.train_step(model, optimizer, pairs, 0, args)  # tries what the model can
     reads, seen, reduce = Reads(), [], train.dist.all_reduce
 
-    def all_reduce(sums: torch.Tensor) -> None:
+    def all_reduce(values: torch.Tensor, **options) -> None:
         seen.append(list(reads.waiting))  # the loop over micro-batches is over
-        reduce(sums)
+        reduce(values, **options)
 
     monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
     with reads:
@@ -462,7 +467,7 @@ def test_a_step_never_waits_for_the_device_before_the_gradient_norm(model_and_pa
         assert len(reads.waiting) == 2  # they would be noted
         reads.waiting.clear()
         train.train_step(model, optimizer, pairs, 0, args)
-    assert seen == [[]] and reads.waiting  # the loss and the norm are read in the end
+    assert seen == [[], []] and reads.waiting  # the loss and the norm are read in the end
 
 
 def test_averaging_equal_critiques_is_the_same_step_as_one(model_and_pairs):
@@ -497,6 +502,16 @@ def test_mean_rewards_of_sides_by_hand():
     assert pair_ids.tolist() == [2, 5]
 
 
+def test_rewards_of_a_step_are_those_of_its_pairs(model_and_pairs):
+    args, model, pairs = model_and_pairs
+    row = train.train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), pairs, 0, args)
+    rewards = []
+    for score in rm.score_pairs(model, pairs, 512):
+        rewards += [score.chosen_reward, score.rejected_reward]
+    found = [row["min_reward"], row["mean_reward"], row["max_reward"]]
+    assert found == pytest.approx([min(rewards), np.mean(rewards), max(rewards)], rel=1e-5)
+
+
 def test_eight_pairs_are_learned(model_and_pairs):
     args, model, pairs = model_and_pairs
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -526,7 +541,7 @@ def test_rewards_that_stay_equal_end_the_run(model_and_pairs, tmp_path, monkeypa
     monkeypatch.setattr(train, "train_step", lambda *_: row)
     args = train.parse_arguments(["--epochs", "100", "--batch-pairs", "8"])
     with pytest.raises(rm.CritiqueRMError, match="all rewards were equal for 20 steps"):
-        train.train(model, pairs, {}, tmp_path, args)
+        train.train(model, pairs, [], {}, tmp_path, args)
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 10 + 20  # a tenth is warm-up
 
 
@@ -560,6 +575,35 @@ def test_a_plan_counts_what_a_real_model_keeps():
     assert not train.plan(train.parse_arguments([*size, "--device-gb", "0.01"]))["fits"]
     with pytest.raises(rm.CritiqueRMError, match="4 processes are not groups of 3"):
         train.plan(train.parse_arguments(["--nproc", "4", "--shard-group", "3"]))
+
+
+def test_a_plan_for_adapters_of_eight_billion_fits_a_gpu_of_24_gb(tmp_path, capsys, monkeypatch):
+    """Llama 3 8B: 8,030,261,248 weights, less 128,256 x 4,096 of the head of the language model."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    LlamaConfig(**shape, max_position_embeddings=8192).save_pretrained(tmp_path)
+    monkeypatch.setattr(rm, "find_weights", lambda folder: [])
+    size = ["--micro-batch-tokens", "2048", "--device-gb", "24", "--lora-rank", "16"]
+    flags = ["--plan", "--model", str(tmp_path), "--activation-checkpointing", *size]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: None)
+    assert train.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    inputs_and_outputs = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)  # of a block
+    n_trained = 32 * 16 * inputs_and_outputs + 4096
+    assert found["frozen_gb"] == round(2 * (8_030_261_248 - 128_256 * 4096) / 1e9, 3) == 15.01
+    assert found["parameters_gb"] == round(4 * n_trained / 1e9, 3) == 0.168
+    assert found["optimizer_gb"] == round(8 * n_trained / 1e9, 3)
+    assert found["gathered_gb"] == round(6 * n_trained / 1e9, 3)  # nothing that is frozen
+    assert found["activations_gb"] > 32 * 2048 * 4096 * 2 / 1e9  # the blocks' inputs
+    assert found["total_gb"] < 0.9 * 24 and found["fits"]
+    rows = dict(line.split(" | ")[1::-1] for line in lines[2:-1])
+    assert {name: value.strip("| ") for name, value in rows.items()} == {
+        name.removesuffix("_gb"): f"{value:.3f}"
+        for name, value in found.items()
+        if name.endswith("_gb") and value
+    }
 
 
 def test_micro_batches_fit_the_memory_of_the_device():
@@ -654,10 +698,66 @@ def test_every_pair_comes_once_an_epoch_in_an_order_of_seed_and_epoch():
 
 
 def test_learning_rate_warms_up_and_ends_near_zero():
-    rates = [train.learning_rate(step, 20, 1.0) for step in range(20)]
+    rates = [train.learning_rate(step, 20, 2, 1.0) for step in range(20)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[11] == pytest.approx(0.5)  # half way down the cosine
     assert rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 17 / 18)))
+
+
+def test_warm_up_acts(small, mesh, tmp_path):
+    run_here(*small, "--warmup-share", "0.5", "--out", tmp_path)
+    rates = [row["lr"] for row in read_lines(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 0.75e-3, 0.25e-3])
+
+
+def test_weight_decay_acts():
+    """Where the gradient is zero AdamW takes lr × decay × w away, and nothing by default."""
+    layer = torch.nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    train.make_optimizer(layer, train.parse_arguments(["--lr", "0.5"])).step()
+    assert torch.equal(layer.weight, before)
+    flags = ["--lr", "0.5", "--weight-decay", "0.25"]
+    train.make_optimizer(layer, train.parse_arguments(flags)).step()
+    torch.testing.assert_close(layer.weight, before * (1 - 0.5 * 0.25))
+
+
+class Board:
+    """Stands for TensorBoard's writer, which need not be installed."""
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.folder, self.purge_step = folder, purge_step
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.rows.setdefault(step, {})[name] = value
+
+    def flush(self) -> None:
+        pass
+
+
+def test_tensorboard_is_given_the_rows_of_the_metrics(tmp_path, monkeypatch):
+    boards = []
+
+    def open_board(*args, **options) -> Board:
+        boards.append(Board(*args, **options))
+        return boards[-1]
+
+    monkeypatch.setattr(train, "import_tensorboard", lambda: open_board)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    write_row = train.open_metrics(tmp_path, 1, for_tensorboard=True)
+    write_row({"step": 2, "loss": 0.5})
+    write_row({"step": 3, "loss": 0.25, "valid_accuracy": 1.0})
+    assert boards[0].folder == str(tmp_path / "tensorboard") and boards[0].purge_step == 2
+    assert [{"step": 1}, *boards[0].rows.values()] == read_lines(tmp_path / "metrics.jsonl")
+
+
+def test_tensorboard_that_is_missing_is_one_line(small, tmp_path, mesh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(rm.CritiqueRMError, match="needs a package: pip install tensorboard"):
+        run_here(*small, "--tensorboard", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------------------
