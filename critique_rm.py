@@ -2816,7 +2816,8 @@ def make_reward_function(
 
     It takes prompts and completions (texts, or lists of messages) and columns by name, of which it
     reads `critique`, one a completion; `critic` writes those that are not there, from the prompt as
-    it came and the response, as generate.py's `write_critique` does with an endpoint. None where a model that reads critiques has none. Rewards come in the given order.
+    it came and the response, as generate.py's `write_critique` does with an endpoint. Rewards come in
+    the given order, None where a model that reads critiques has none.
 
     Raises CritiqueRMError in a process group of several: each process would ask about others.
     """
