@@ -1749,6 +1749,15 @@ class Encoder:
 class Trie:
     """Sequences that share beginnings, each shared token once, in depth-first order.
 
+    The sequences "a b c d" and "a b e":
+
+        index      0  1  2  3  4
+        ids        a  b  c  d  e      what each sees:  a
+        positions  0  1  2  3  2                       a b
+        ends       5  5  4  4  5                       a b c
+                                                       a b c d
+        last: 3 and 4                                  a b . . e
+
     Token k is the same as or an ancestor of token q exactly if k <= q < ends[k]: the attention mask
     of a trie is two comparisons. Positions are depths, so they continue along each path.
     """
@@ -1933,15 +1942,24 @@ def attention_masks(batch: Batch, config: PreTrainedConfig) -> Tensor | dict[str
     boolean: eager attention would add it. FSDP casts the masks to the compute dtype.
     """
     index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    key, query = index[None, None, :], index[None, :, None]
-    seen = near = (key <= query) & (query < batch.ends[:, None, :])  # (R, T, T)
-    if window := getattr(config, "sliding_window", None):
-        near = seen & (batch.positions[:, :, None] - batch.positions[:, None, :] < window)
+    query = index[None, :, None]
+    key = index[None, None, :]
+    key_end = batch.ends[:, None, :]
+    seen = (key <= query) & (query < key_end)  # (R, T, T)
+    near = seen
+    window = getattr(config, "sliding_window", None)
+    if window:
+        distance = batch.positions[:, :, None] - batch.positions[:, None, :]
+        near = seen & (distance < window)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        return torch.where(near, 0.0, LOWEST)[:, None]
+        return _additive(near)
     masks = {"full_attention": seen, "sliding_attention": near}
-    return {kind: torch.where(masks[kind], 0.0, LOWEST)[:, None] for kind in sorted(set(kinds))}
+    return {kind: _additive(masks[kind]) for kind in sorted(set(kinds))}
+
+
+def _additive(allowed: Tensor) -> Tensor:
+    return torch.where(allowed, 0.0, LOWEST)[:, None]
 
 
 # --------------------------------------------------------------------------------------------------

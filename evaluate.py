@@ -194,10 +194,13 @@ def bootstrap_interval(
     correct: np.ndarray, prompt_ids: list[str], seed: int
 ) -> tuple[float | None, float | None]:
     """The 95 % percentile interval of the mean of (B,) values, prompts drawn with replacement."""
-    _, cluster = np.unique(prompt_ids, return_inverse=True)
-    n_correct, n_pairs = np.bincount(cluster, correct), np.bincount(cluster)
-    draws = resample(len(n_pairs), len(n_pairs), seed)
-    return percentile_interval([draw @ n_correct / (draw @ n_pairs) for draw in draws])
+    _, prompt = np.unique(prompt_ids, return_inverse=True)
+    n_pairs = np.bincount(prompt)  # (P,) of each prompt
+    n_correct = np.bincount(prompt, correct)
+    means = []
+    for draw in resample(len(n_pairs), len(n_pairs), seed):
+        means.append(draw @ n_correct / (draw @ n_pairs))
+    return percentile_interval(means)
 
 
 def resample(n: int, n_drawn: int, seed: int | list[int]) -> Iterator[np.ndarray]:
@@ -236,8 +239,11 @@ def sign_flip_p(differences: np.ndarray, prompt_ids: list[str], seed: int) -> fl
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
     """Holm's correction (1979): the smallest p times n, the next times n - 1, never decreasing."""
     p = np.array(p_values, float)
-    order, adjusted = np.argsort(p), np.empty_like(p)
-    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    order = np.argsort(p)
+    factors = np.arange(len(p), 0, -1)  # n, n - 1, … 1
+    rising = np.maximum.accumulate(p[order] * factors)
+    adjusted = np.empty_like(p)
+    adjusted[order] = rising.clip(max=1)
     return adjusted.tolist()
 
 
@@ -274,19 +280,31 @@ def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Diffe
     prompts = np.array([one.prompt_id for one, _ in common])
     right = np.array([[s.chosen_reward > s.rejected_reward for s in two] for two in common], float)
 
-    def measure(name: str, here: np.ndarray) -> Difference:
-        of_a, of_b = right[here].T
-        low, high = bootstrap_interval(of_a - of_b, prompts[here], seed)
-        p = sign_flip_p(of_a - of_b, prompts[here], seed)
-        means = float(of_a.mean()), float(of_b.mean())
-        only = int((of_a > of_b).sum()), int((of_b > of_a).sum())
-        return Difference(name, len(of_a), *means, means[0] - means[1], low, high, p, *only)
+    def measure(name: str, selected: np.ndarray) -> Difference:
+        of_a, of_b = right[selected].T  # (n,) 1 where the scorer is right
+        low, high = bootstrap_interval(of_a - of_b, prompts[selected], seed)
+        accuracy_a = float(of_a.mean())
+        accuracy_b = float(of_b.mean())
+        return Difference(
+            subset=name,
+            pairs=len(of_a),
+            accuracy_of_A=accuracy_a,
+            accuracy_of_B=accuracy_b,
+            difference=accuracy_a - accuracy_b,
+            low=low,
+            high=high,
+            p=sign_flip_p(of_a - of_b, prompts[selected], seed),
+            only_A_right=int((of_a > of_b).sum()),
+            only_B_right=int((of_b > of_a).sum()),
+        )
 
-    names = sorted(set(subsets)) if len(set(subsets)) > 1 else []
+    whole = measure("all", np.full(n, True))
+    names = sorted(set(subsets))
+    if len(names) == 1:
+        return [whole]
     rows = [measure(name or "(none)", subsets == name) for name in names]
     adjusted = adjust_holm([row.p for row in rows])
-    rows = [replace(row, p=p) for row, p in zip(rows, adjusted)]
-    return [measure("all", np.full(len(common), True)), *rows]
+    return [whole, *(replace(row, p=p) for row, p in zip(rows, adjusted))]
 
 
 @dataclass(frozen=True)
@@ -465,9 +483,14 @@ def measure_worth(values: np.ndarray, n_pairs: int, plain: dict[int, np.ndarray]
     """How many plain pairs give the accuracy of `n_pairs` with critiques, over `n_pairs`."""
     sizes = list(plain)
     curves = np.stack(list(plain.values()), 1)  # (1 + N_RESAMPLES, sizes)
-    found = [equal_pairs(value, sizes, curve) / n_pairs for value, curve in zip(values, curves)]
+    found = []
+    for accuracy, curve in zip(values, curves):
+        found.append(equal_pairs(accuracy, sizes, curve) / n_pairs)
     low, high = np.quantile(found[1:], [0.025, 0.975], method="nearest")
-    ends = [None if worth == np.inf else float(worth) for worth in (found[0], low, high)]
+    ends = []
+    for worth in (found[0], low, high):
+        is_measured = worth != np.inf
+        ends.append(float(worth) if is_measured else None)
     return Worth(*ends, smallest=sizes[0] / n_pairs, largest=sizes[-1] / n_pairs)
 
 
@@ -574,11 +597,13 @@ def calibration_error(margin: np.ndarray) -> float:
 
 def calibrate(margin: np.ndarray, n_bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Number of pairs, mean σ(|margin|) and accuracy in those bins of it that hold any."""
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))
-    bins = np.minimum((2 * confidence - 1) * n_bins, n_bins - 1).astype(int)
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))  # from 0.5 to 1
+    share_of_range = 2 * confidence - 1
+    bins = np.minimum(share_of_range * n_bins, n_bins - 1).astype(int)
     _, bins, n_in_bin = np.unique(bins, return_inverse=True, return_counts=True)
-    means = (np.bincount(bins, values) / n_in_bin for values in (confidence, margin > 0))
-    return n_in_bin, *means
+    mean_confidence = np.bincount(bins, confidence) / n_in_bin
+    accuracy = np.bincount(bins, margin > 0) / n_in_bin
+    return n_in_bin, mean_confidence, accuracy
 
 
 def apply_probe(pairs: list[Pair], probe: str, seed: int) -> list[Pair]:

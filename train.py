@@ -654,9 +654,10 @@ def learning_rate(step: int, n_steps: int, n_warmup: int, peak: float) -> float:
 def pairs_of_step(pairs: list[EncodedPair], step: int, args: Namespace) -> list[EncodedPair]:
     """The pairs of a step: their order is a function of (seed, epoch) alone."""
     n_per_epoch = math.ceil(len(pairs) / args.batch_pairs)
-    epoch, k = divmod(step, n_per_epoch)
+    epoch, step_of_epoch = divmod(step, n_per_epoch)
     order = np.random.default_rng([args.seed, epoch]).permutation(len(pairs))
-    return [pairs[n] for n in order[k * args.batch_pairs : (k + 1) * args.batch_pairs]]
+    start = step_of_epoch * args.batch_pairs
+    return [pairs[n] for n in order[start : start + args.batch_pairs]]
 
 
 def choose_sequences(encoded: EncodedPair, epoch: int, args: Namespace) -> list[list[np.ndarray]]:
