@@ -11,8 +11,8 @@ environment with trl, datasets and accelerate. Prints a Markdown table.
 Machines are noisy, so what is compared alternates: a file is split in two by prompts, all sides work
 on the first part, then all on the second (the tiny model: on the first alone), each in a process of
 its own. Seconds are those of the loop: without loading, tokenizing for training, compiling, and
-saving. With --compile both sides also run compiled; TRL, which compiles in its first steps, then
-has its second epoch measured.
+saving. With --compile a side also runs compiled; TRL, which compiles in its first steps, then has its
+second epoch measured.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--plain-pairs", default=ROOT / "data/test.jsonl", help="without critiques")
     parser.add_argument("--test", default=ROOT / "data/test.jsonl", help="to score")
     parser.add_argument("--trl", metavar="PYTHON", help="left out: without TRL")
-    parser.add_argument("--compile", action="store_true", help="both sides compiled, too")
+    parser.add_argument("--compile", choices=("ours", "both"), help="compiled, too")
     parser.add_argument("--charge", action="store_true", help="of a micro-batch, alone")
     parser.add_argument("--micro-pairs", type=int, default=4, help="of TRL's")
     parser.add_argument("--halves", type=int, default=2, choices=(1, 2), help="of each file to use")
@@ -78,7 +78,7 @@ def compare_training(args: argparse.Namespace, folder: Path) -> None:
             sides["trl"] = train_there
         if args.compile:
             sides["ours compiled"] = lambda part: train_here(part, 1, "--compile")
-        if args.compile and args.trl:
+        if args.compile == "both" and args.trl:
             sides["trl compiled"] = lambda part: train_there(part, "compiled")
         if not how and device().type == "cpu":
             sides["two"] = lambda part: train_here(part, 2)
