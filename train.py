@@ -1128,11 +1128,14 @@ def choose_micro_batch(
     """
     device_type = "cuda" if plans_for_gpu(args) else "cpu"
     n_tokens = rm.MICRO_BATCHES[device_type, rm.name_of(dtype)].largest_tokens
-    while n_tokens > 256:
-        parts = plan_parts(args, config, dtype, n_tokens, n_processes)
-        if fits(parts, args, n_processes):
-            break
-        n_tokens //= 2
+    try:
+        while n_tokens > 256:
+            parts = plan_parts(args, config, dtype, n_tokens, n_processes)
+            if fits(parts, args, n_processes):
+                break
+            n_tokens //= 2
+    except CritiqueRMError as error:  # a model that can be computed, but not without storage
+        say(f"no memory was planned: {error}; --micro-batch-tokens is {n_tokens}")
     of_all = torch.tensor(n_tokens)
     dist.all_reduce(of_all, op=dist.ReduceOp.MIN)
     return of_all.item()

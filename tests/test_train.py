@@ -622,6 +622,16 @@ def test_micro_batches_fit_the_memory_of_the_device():
     assert whole["total_gb"] == found["total_gb"] and not whole["fits"]
 
 
+def test_a_model_that_cannot_be_planned_is_trained_all_the_same(mesh, make_config, capsys):
+    """PyTorch computes a mixture of experts in fp32 on a CPU, but not without storage."""
+    config = make_config("Mixtral", num_local_experts=4)
+    args = train.parse_arguments([])
+    assert train.choose_micro_batch(args, config, torch.float32, 1) == 2048
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--micro-batch-tokens is 2048")
+    assert train.choose_micro_batch(args, config, torch.bfloat16, 1) == 2048
+    assert "no memory was planned" not in capsys.readouterr().err
+
+
 def test_training_computes_what_scoring_does(model_and_pairs):
     """No module is in training mode, where routers add noise, but those that checkpoint."""
     _, model, _ = model_and_pairs
