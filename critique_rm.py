@@ -2262,16 +2262,18 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.forward = torch.compile(block.forward, dynamic=True)
 
 
-def warm_up(model: PreTrainedModel, share: bool) -> None:
+def warm_up(model: PreTrainedModel, share: bool, budget_tokens: int) -> None:
     """Compiles for training now, on shapes that do not follow the data.
 
-    What is generated depends on the first shapes that come. A run that goes on begins with others
-    than one that starts, and must compute the same to the bit. A collective call.
+    What is generated depends on the first shapes that come: for small ones it keeps to one core. A
+    run that goes on begins with others than one that starts, and must compute the same to the bit.
+    A collective call.
 
     Raises CritiqueRMError where it cannot be compiled, as without a C++ compiler.
     """
     device = next(model.parameters()).device
-    ids = np.arange(64, dtype=np.int32) % model.config.vocab_size
+    n_tokens = min(1024, max(64, budget_tokens // 2))
+    ids = np.arange(n_tokens, dtype=np.int32) % model.config.vocab_size
     row = [build_trie([ids], [0])]
     advice = "--compile needs a model that torch can compile, and a C++ compiler; leave it out"
     with explain(advice, Exception):  # of many kinds

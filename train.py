@@ -1290,7 +1290,7 @@ def run(args: Namespace) -> dict:
         share = rm.shares_prefixes(model, longest_sequence([*training, *valid]))
         if args.compile:
             rm.compile_blocks(model)
-            rm.warm_up(model, share)
+            rm.warm_up(model, share, args.micro_batch_tokens)
     except CritiqueRMError:
         lock.close()
         if not args.resume and not args.overwrite and dist.get_rank() == 0:

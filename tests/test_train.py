@@ -678,7 +678,7 @@ def test_compiled_blocks_compute_the_same_without_compiling_again(tmp_path, dtyp
     counters = torch._dynamo.utils.counters
     counters.clear()
     rm.compile_blocks(model)
-    rm.warm_up(model, share=True)
+    rm.warm_up(model, True, 600)
     assert all(p.grad is None for p in model.parameters())
     compiled = measure()
     assert counters["stats"]["unique_graphs"] == 2
