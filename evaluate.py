@@ -43,6 +43,7 @@ from critique_rm import CritiqueRMError, Pair, PairScore, natural, positive_int,
 N_RESAMPLES = 2000
 N_DRAWS = 200  # of critiques of a response
 N_MISLEADING = 10  # critiques that are shown
+N_ALIKE = 50  # critiques of responses about as long, to compare one with
 N_FLIPS = 9999
 MIN_SHUFFLED_PAIRS = 10  # with one pair, shuffling a subset would be swapping
 PROBES = {  # what changes, and what stays in the input
@@ -853,10 +854,12 @@ def measure_judgebench(opinions: "Opinions", seed: int) -> Figures:
 def audit_critiques(
     pairs: Sequence[Pair], scores: Sequence[PairScore], plain: Sequence[PairScore]
 ) -> list[dict]:
-    """How each critique moves the reward, r(x, y, c) − r(x, y), and whether away from the label.
+    """How each critique moves the reward, r(x, y, c) − r(x, y), and whether it misleads.
 
     `plain` are scores of the same pairs without critiques. A critique of a response that stands in
-    several pairs comes once.
+    several pairs comes once. It misleads if it moves the reward away from the label more than is
+    usual for the length of its response: a model that has always read critiques may go by length
+    where there is none, and then any critique lifts a short response.
     """
     without = {score.id: score for score in plain}
     rows = {}
@@ -867,32 +870,51 @@ def audit_critiques(
             before = getattr(without[pair.id], f"{side}_reward")
             rewards = getattr(score, f"{side}_rewards")
             for critique, reward in zip(answer.critiques, rewards):
-                shift = reward - before
-                key = (pair.prompt, side, answer.message, critique)
-                rows.setdefault(
-                    key,
-                    {
-                        "id": pair.id,
-                        "subset": pair.subset,
-                        "side": side,
-                        **rm.write_prompt(pair.prompt),
-                        "response": answer.message.text,
-                        "critique": critique,
-                        "reward": reward,
-                        "reward_without": before,
-                        "shift": shift,
-                        "misleads": shift < 0 if side == "chosen" else shift > 0,
-                    },
-                )
-    return list(rows.values())
+                row = {
+                    "id": pair.id,
+                    "subset": pair.subset,
+                    "side": side,
+                    **rm.write_prompt(pair.prompt),
+                    "response": answer.message.text,
+                    "words": getattr(score, f"{side}_words"),
+                    "critique": critique,
+                    "reward": reward,
+                    "reward_without": before,
+                    "shift": reward - before,
+                }
+                rows.setdefault((pair.prompt, side, answer.message, critique), row)
+    audit = list(rows.values())
+    for row, usual_shift in zip(audit, find_usual_shifts(audit)):
+        row["usual_shift"] = usual_shift
+        row["misleads"] = towards_label(row["side"], unusual_shift(row)) < 0
+    return audit
 
 
-def summarize_audit(audit: list[dict]) -> dict[str, tuple[int, int]]:
-    """By subset: the number of critiques, and of those that do not mislead."""
-    counts: dict[str, tuple[int, int]] = {}
+def find_usual_shifts(audit: list[dict], n_alike: int = N_ALIKE) -> list[float]:
+    """For each critique the mean shift of the `n_alike` whose responses are nearest in length."""
+    by_length = sorted(range(len(audit)), key=lambda n: audit[n]["words"])
+    shifts = np.array([audit[n]["shift"] for n in by_length])
+    n_alike = min(n_alike, len(audit))
+    usual = [0.0] * len(audit)
+    for place, n in enumerate(by_length):
+        start = place - n_alike // 2
+        start = min(max(start, 0), len(audit) - n_alike)
+        usual[n] = float(shifts[start : start + n_alike].mean())
+    return usual
+
+
+def towards_label(side: str, shift: float) -> float:
+    """A shift of a reward, positive if it is one towards the label."""
+    return shift if side == "chosen" else -shift
+
+
+def summarize_audit(audit: list[dict]) -> dict[str, tuple[int, int, int]]:
+    """By subset: the number of critiques, of shifts towards the label, and of those not misleading."""
+    counts: dict[str, tuple[int, int, int]] = {}
     for row in audit:
-        n, n_right = counts.get(row["subset"], (0, 0))
-        counts[row["subset"]] = (n + 1, n_right + (not row["misleads"]))
+        n, n_towards, n_right = counts.get(row["subset"], (0, 0, 0))
+        is_towards = towards_label(row["side"], row["shift"]) >= 0
+        counts[row["subset"]] = (n + 1, n_towards + is_towards, n_right + (not row["misleads"]))
     return counts
 
 
@@ -1132,24 +1154,31 @@ def show_audit(audit: list[dict]) -> str:
         "critiques": [subset or "(all)" for subset in counts],
         "n": [],
         "towards the label": [],
+        "more than is usual for the length": [],
     }
-    for n, n_right in counts.values():
+    for n, n_towards, n_right in counts.values():
         columns["n"].append(str(n))
-        columns["towards the label"].append(f"{n_right / n:.3f}")
+        columns["towards the label"].append(f"{n_towards / n:.3f}")
+        columns["more than is usual for the length"].append(f"{n_right / n:.3f}")
     return layout(columns)
 
 
 def find_most_misleading(audit: list[dict]) -> list[dict]:
     misleading = [row for row in audit if row["misleads"]]
-    return sorted(misleading, key=lambda row: -abs(row["shift"]))[:N_MISLEADING]
+    return sorted(misleading, key=lambda row: -abs(unusual_shift(row)))[:N_MISLEADING]
+
+
+def unusual_shift(row: dict) -> float:
+    """How far a critique moves the reward beyond what is usual for the length of its response."""
+    return row["shift"] - row["usual_shift"]
 
 
 def show_most_misleading(audit: list[dict]) -> str:
-    lines = ["Critiques that mislead most (shift of the reward):"]
+    lines = ["Critiques that mislead most (shift of the reward beyond what is usual):"]
     for row in find_most_misleading(audit):
         text = to_cell(row["critique"])
         text = text if len(text) <= 160 else text[:157] + "..."
-        lines.append(f"- {row['id']}, {row['side']}, {row['shift']:+.2f}: {text}")
+        lines.append(f"- {row['id']}, {row['side']}, {unusual_shift(row):+.2f}: {text}")
     return "\n".join(lines)
 
 
@@ -1241,10 +1270,10 @@ for (const text of tables) {{
   }}
 }}
 if (picture) add(get("tables"), "img", "").src = picture;
-function addCritique(parent, critique, shift) {{  // the shift of one that misleads
+function addCritique(parent, critique, shift) {{  // if it misleads: its shift of the reward
   add(parent, "pre", critique, shift ? "critique misleads" : "critique");
   const sign = shift > 0 ? "+" : "";
-  if (shift) add(parent, "p", `misleads: moves the reward by ${{sign}}${{shift.toFixed(3)}}`, "shift");
+  if (shift) add(parent, "p", `misleads by ${{sign}}${{shift.toFixed(3)}}`, "shift");
 }}
 if (misleading) {{
   const details = add(get("tables"), "details", "");
@@ -1255,7 +1284,7 @@ if (misleading) {{
     add(article, "pre", m.prompt);
     add(article, "h3", "response");
     add(article, "pre", m.response);
-    addCritique(article, m.critique, m.shift);
+    addCritique(article, m.critique, m.shift - m.usual_shift);
   }}
 }}
 for (const subset of [...new Set(pairs.map(p => p.subset))].sort())
@@ -1331,7 +1360,7 @@ def mark_misleading(rows: list[dict], pairs: list[Pair], audit: list[dict]) -> N
         if found["misleads"]:
             asked = (found.get("tools"), found["prompt"])
             key = rm.digest(*asked, found["side"], found["response"], found["critique"])
-            shifts[key] = found["shift"]
+            shifts[key] = unusual_shift(found)
     for row, pair in zip(rows, pairs):
         written = rm.write_prompt(pair.prompt)
         asked = (written.get("tools"), written["prompt"])

@@ -283,10 +283,37 @@ def test_an_audit_says_which_critiques_mislead(tmp_path):
     ]
     assert audit[2] | {"prompt": 0} == {
         "id": "a/1-2", "subset": "x", "side": "rejected", "prompt": 0, "response": "s",
-        "critique": "fine", "reward": 1.5, "reward_without": 0.5, "shift": 1.0, "misleads": True,
+        "words": 1, "critique": "fine", "reward": 1.5, "reward_without": 0.5,
+        "shift": 1.0, "usual_shift": 0.0625, "misleads": True,
     }  # fmt: skip
-    assert evaluate.summarize_audit(audit) == {"x": (4, 3)}
+    assert evaluate.summarize_audit(audit) == {"x": (4, 3, 3)}
     kept = [{k: r[k] for k in ("prompt", "response", "critique")} for r in audit if not r["misleads"]]
     filtered = read_pairs(str(tmp_path / "a.jsonl"), critiques=write(tmp_path / "kept.jsonl", *kept))
     assert [pair.rejected_critiques for pair in filtered] == [("bad",), ("poor",)]
     assert [pair.chosen_critiques for pair in filtered] == [("good",)] * 2
+
+
+def test_what_is_usual_for_a_length_is_the_mean_of_the_nearest():
+    """By length the shifts are 6, 3, 0, −3; of two alike each is beside the one before it."""
+    rows = [(40, -3.0), (10, 6.0), (30, 0.0), (20, 3.0)]
+    audit = [{"words": words, "shift": shift} for words, shift in rows]
+    assert evaluate.find_usual_shifts(audit, n_alike=2) == [-1.5, 4.5, 1.5, 4.5]
+    assert evaluate.find_usual_shifts(audit) == [1.5] * 4
+
+
+def test_a_critique_of_a_short_response_does_not_mislead_by_its_length(tmp_path):
+    """All critiques lift short responses by 5 and lower long ones, those of right ones 1 less."""
+    n = evaluate.N_ALIKE
+    pairs, scores, plain = [], [], []
+    for k in range(2 * n):
+        words = 1 if k < n else 100
+        usual = 5.0 if k < n else -5.0
+        row = {"id": str(k), "prompt": f"p{k}", "chosen": "c " * words, "rejected": "r " * words}
+        pairs.append(row | {"chosen_critique": "x", "rejected_critique": "y"})
+        rewards = {"chosen_rewards": [usual + 1], "rejected_rewards": [usual - 1]}
+        scores.append(PairScore(str(k), f"p{k}", "", 0.0, 0.0, words, words, 1, 1, **rewards))
+        plain.append(PairScore(str(k), f"p{k}", "", 0.0, 0.0, words, words, None, None))
+    audit = evaluate.audit_critiques(read_pairs(write(tmp_path / "a.jsonl", *pairs)), scores, plain)
+    assert evaluate.summarize_audit(audit)[""][:2] == (4 * n, 2 * n)
+    away_from_the_step = audit[: 2 * n - n // 2] + audit[2 * n + n // 2 :]
+    assert not any(row["misleads"] for row in away_from_the_step)

@@ -458,12 +458,13 @@ def page_data(page: str) -> dict:
 
 
 def test_the_page_marks_the_critiques_that_mislead_and_by_how_much():
-    """Of the chosen response 0.25 − 1, in both pairs; of the second rejected one 1.5 − 0.5."""
+    """Shifts of 1, −0.75, −1.5 and 1 are −0.0625 in the mean, which is usual here; the page shows
+    those that mislead beyond that: −0.75 + 0.0625 in both pairs, and 1 + 0.0625."""
     page = audited_page()
     data = page_data(page)
     assert page.count("</script>") == 2 and "<img" not in page
-    assert [pair["chosen"]["misleads"] for pair in data["pairs"]] == [[None, -0.75]] * 2
-    assert [pair["rejected"]["misleads"] for pair in data["pairs"]] == [[None], [1.0]]
+    assert [pair["chosen"]["misleads"] for pair in data["pairs"]] == [[None, -0.6875]] * 2
+    assert [pair["rejected"]["misleads"] for pair in data["pairs"]] == [[None], [1.0625]]
     worst = [(m["id"], m["side"], m["critique"], m["shift"]) for m in data["misleading"]]
     assert worst == [("b", "rejected", "badb", 1.0), ("a", "chosen", EVIL, -0.75)]
     assert data["misleading"][1]["prompt"] == "user: " + EVIL
@@ -486,7 +487,7 @@ def test_the_script_of_the_page_shows_the_marks_as_text(with_audit, tmp_path):
     result = subprocess.run(["node", path], capture_output=True, text=True, check=True)
     made = json.loads(result.stdout)
     shifts = [text for _, name, text in made if name == "shift"]
-    down, up = "misleads: moves the reward by -0.750", "misleads: moves the reward by +1.000"
+    down, up = "misleads by -0.688", "misleads by +1.063"
     assert shifts == ([up, down, down, down, up] if with_audit else [])
     critiques = [[name, text] for _, name, text in made if name.startswith("critique")]
     of_pairs = critiques[2:] if with_audit else critiques
@@ -563,15 +564,17 @@ def test_an_audit_is_in_its_file_in_the_table_and_on_the_page(
     arguments = evaluate.parse_arguments([str(word) for word in (finished[0], *options)])
     assert evaluate.evaluate_pairs(arguments) == 0
     rows = [json.loads(line) for line in audit.read_text().splitlines()]
-    shifts = [row["shift"] for row in rows if row["misleads"]]
+    shifts = [row["shift"] - row["usual_shift"] for row in rows if row["misleads"]]
     assert 0 < len(shifts) < len(rows) == 24
     data = page_data(html.read_text())
     marks = [pair[side]["misleads"] for pair in data["pairs"] for side in ("chosen", "rejected")]
     assert sorted(shift for side in marks for shift in side if shift) == sorted(shifts)
     out = capsys.readouterr().out
     for subset in {row["subset"] for row in rows}:
-        misleads = [row["misleads"] for row in rows if row["subset"] == subset]
-        assert f"| {subset} | {len(misleads)} | {1 - np.mean(misleads):.3f} |" in out
+        those = [row for row in rows if row["subset"] == subset]
+        towards = [(row["shift"] >= 0) == (row["side"] == "chosen") for row in those]
+        right = [not row["misleads"] for row in those]
+        assert f"| {subset} | {len(those)} | {np.mean(towards):.3f} | {np.mean(right):.3f} |" in out
     assert out.count("\n- ") == min(10, len(shifts)) == len(data["misleading"])
     assert "matrix" not in table.read_text()
 
