@@ -75,7 +75,7 @@ class CritiqueRMError(Exception):
 
 
 @contextmanager
-def explain(problem: str, *kinds: type[Exception]) -> Iterator[None]:
+def errors_as(problem: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turns errors of other packages into a CritiqueRMError that adds what they say."""
     try:
         yield
@@ -91,13 +91,13 @@ def _first_line(error: BaseException) -> str:
     return line if len(line) <= 300 else line[:297] + "..."
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """Writes one line to stderr, on rank 0 only (torchrun sets RANK)."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
 
 
-def say_error(script: str, error: BaseException) -> None:
+def log_error(script: str, error: BaseException) -> None:
     """Writes an error as one line to stderr; with CRITIQUE_RM_DEBUG set, its traceback before it.
 
     Ours once on each machine, since its ranks meet the same ones; others may be of one rank alone.
@@ -120,7 +120,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def natural(text: str, least: int = 0) -> int:
+def nonnegative_int(text: str, least: int = 0) -> int:
     """The type of an argument that is a whole number, 0 or more."""
     if int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is below {least}")
@@ -128,7 +128,7 @@ def natural(text: str, least: int = 0) -> int:
 
 
 def positive_int(text: str) -> int:
-    return natural(text, least=1)
+    return nonnegative_int(text, least=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,16 +249,16 @@ class Notes:
         self.ignored: Counter[str] = Counter()  # fields by name
         self.made_ids: Counter[str] = Counter()
 
-    def say(self, source: str) -> None:
+    def log(self, source: str) -> None:
         for sentence, n in self.sentences.items():
-            say(f"{source}: {sentence.format(n=n)}")
+            log(f"{source}: {sentence.format(n=n)}")
         found = []
         for name, n in sorted(self.ignored.items()):
             meant = difflib.get_close_matches(name, READ_FIELDS, 1, 0.85)
             hint = f"; is {meant[0]!r} meant?" if meant not in ([], [name]) else ""
             found.append(f"{_shorten(name)} ({n} record{'s' if n > 1 else ''}{hint})")
         if found:
-            say(f"{source}: ignored: {', '.join(found)}")
+            log(f"{source}: ignored: {', '.join(found)}")
 
 
 class Record:
@@ -360,7 +360,7 @@ def _stream(
     for _, items in read_rows(source, lambda *row: parse(Record(*row, notes)), skip_bad):
         n_items += len(items)
         yield from items
-    notes.say(source)
+    notes.log(source)
     if not n_items:
         raise CritiqueRMError(f"{source}: no {what} in it; expected a JSON object a line")
 
@@ -387,7 +387,7 @@ def _replace_critiques(pairs: list[Pair], source: str, about: str, skip_bad: boo
                 _add_critiques(found, (side, *_pair_key(pair)), answer.critiques)
         for answer in answers:
             _add_critiques(found, _answer_key(answer), answer.critiques)
-    notes.say(source)
+    notes.log(source)
     replaced, n_found = [], 0
     for pair in pairs:
         critiques = {}
@@ -399,7 +399,7 @@ def _replace_critiques(pairs: list[Pair], source: str, about: str, skip_bad: boo
     if not n_found:
         advice = "it must hold their texts, as generate.py writes them"
         raise CritiqueRMError(f"{source}: no critique in it is of a response of {about}; {advice}")
-    say(f"{source}: critiques of {n_found} of {2 * len(pairs)} responses of {about}")
+    log(f"{source}: critiques of {n_found} of {2 * len(pairs)} responses of {about}")
     return replaced
 
 
@@ -443,7 +443,7 @@ def read_rows(
     if bad and not n_good:
         raise CritiqueRMError(bad[0])
     if bad:
-        say(f"{source}: {len(bad)} bad records skipped, the first: {bad[0]}")
+        log(f"{source}: {len(bad)} bad records skipped, the first: {bad[0]}")
 
 
 def group_pairs(pairs: Iterable[Pair]) -> list[list[Pair]]:
@@ -518,7 +518,7 @@ def _with_unique_ids(items: Iterable[Pair | Answer], source: str) -> Iterator[Pa
         yield item if item.id else replace(item, id=item_id)
     if n_repeats:
         what = "pairs" if isinstance(item, Pair) else "answers"
-        say(f"{source}: {n_repeats} {what} repeat an earlier one exactly (kept, ids numbered)")
+        log(f"{source}: {n_repeats} {what} repeat an earlier one exactly (kept, ids numbered)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -547,7 +547,7 @@ def _read_records(source: str) -> Iterator[tuple[str, bytes | object]]:
         advice = "of what save_to_disk wrote: load_from_disk(FOLDER)[SPLIT].to_json('pairs.jsonl')"
         raise CritiqueRMError(f"{source}: a folder; {READABLE}; {advice}")
     problem = f"{source}: cannot be read; is the file complete?"
-    with explain(problem, OSError, EOFError, zlib.error), open(source, "rb") as raw:
+    with errors_as(problem, OSError, EOFError, zlib.error), open(source, "rb") as raw:
         start = raw.peek(8)
         if start.startswith(b"PAR1"):
             yield from _read_parquet(source)
@@ -579,13 +579,13 @@ def _check_kind(source: str, start: bytes) -> None:
 
 def _read_parquet(source: str) -> Iterator[tuple[str, dict]]:
     """Yields the rows of a parquet file: the form in which the Hub keeps data sets."""
-    with explain(f"{source}: a parquet file; to read it run: pip install pyarrow", ImportError):
+    with errors_as(f"{source}: a parquet file; to read it run: pip install pyarrow", ImportError):
         from pyarrow import parquet
-    with explain(f"{source}: damaged parquet", Exception):
+    with errors_as(f"{source}: damaged parquet", Exception):
         batches = parquet.ParquetFile(source).iter_batches(batch_size=256)
     number = 0
     while True:
-        with explain(f"{source}: damaged parquet, after row {number}", Exception):
+        with errors_as(f"{source}: damaged parquet, after row {number}", Exception):
             batch = next(batches, None)
             rows = [] if batch is None else batch.to_pylist()
         if batch is None:
@@ -627,7 +627,7 @@ def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
         except CritiqueRMError as error:
             raise CritiqueRMError(f"{source}: item {number + 1}: {error}") from None
         except (ValueError, RecursionError) as error:  # wrong, or not yet read to its end
-            with explain(f"{source}: not UTF-8 text, after item {number}", UnicodeDecodeError):
+            with errors_as(f"{source}: not UTF-8 text, after item {number}", UnicodeDecodeError):
                 more = text.read(max(2**14, len(buffer)))
             if not more and "".join(buffer.split()) == ("]" if number else "[]"):
                 return
@@ -646,9 +646,9 @@ def _read_hub(source: str) -> Iterator[tuple[str, dict]]:
     if not is_name or re.search(r"\.(jsonl?(\.gz)?|parquet|csv|tsv)$", name):
         raise CritiqueRMError(f"{source}: no such file")
     advice = "to read it as a Hub data set run: pip install datasets"
-    with explain(f"{source}: no such file; {advice}", ImportError):
+    with errors_as(f"{source}: no such file; {advice}", ImportError):
         from datasets import load_dataset
-    with explain(f"{source}: neither a file nor a Hub data set", Exception):  # of many kinds
+    with errors_as(f"{source}: neither a file nor a Hub data set", Exception):  # of many kinds
         rows = load_dataset(name, split=split or "train")
     for number, row in enumerate(rows, 1):
         yield f"{source}: row {number}", without_nulls(row)
@@ -668,7 +668,7 @@ def _object(record: bytes | object) -> dict:
     if isinstance(record, bytes):
         if len(record) > MAX_LINE_BYTES:
             raise CritiqueRMError("line longer than 16 MB; shorten or remove it")
-        try:  # `explain` would take a third of the time
+        try:  # `errors_as` would take a third of the time
             record = json.loads(record.decode("utf-8-sig"), object_pairs_hook=to_object)
         except UnicodeDecodeError as error:
             problem = f"not UTF-8 text; expected a JSON object ({_first_line(error)})"
@@ -993,7 +993,7 @@ def _tools(record: Record) -> Message:
     """The functions that could be called, given as a list or as the JSON text of one."""
     tools = record.get("tools")
     if isinstance(tools, str):
-        with explain("'tools' is text, but not JSON", ValueError, RecursionError):
+        with errors_as("'tools' is text, but not JSON", ValueError, RecursionError):
             tools = json.loads(tools)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise CritiqueRMError(f"'tools' is {_shorten(tools)}; expected a list of functions")
@@ -1175,7 +1175,7 @@ def _message(item: object, which: str) -> Message:
 
 def _more_text(value: object, which: str) -> str:
     """The JSON text of what stands beside a content."""
-    with explain(f"{which} cannot be written as JSON", ValueError, TypeError, RecursionError):
+    with errors_as(f"{which} cannot be written as JSON", ValueError, TypeError, RecursionError):
         text = to_json(value)
     return check_text(text, which)
 
@@ -1303,9 +1303,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, control: ControlTokens) -> None:
         self.tokenizer, self.control = tokenizer, control
         if tokenizer.chat_template is None:
-            say("tokenizer without chat template: using plain 'User: … Assistant: …' text")
+            log("tokenizer without chat template: using plain 'User: … Assistant: …' text")
             tokenizer.chat_template = PLAIN_TEMPLATE
-        with explain("the tokenizer has no usable chat template", Exception):
+        with errors_as("the tokenizer has no usable chat template", Exception):
             tokenizer.chat_template = tokenizer.get_chat_template()  # the default one of several
             is_dated = "strftime_now" in tokenizer.chat_template
         if is_dated and FROZEN_DATE not in tokenizer.chat_template:
@@ -1338,7 +1338,7 @@ class ChatTemplate:
             turns.append({"role": message.role, "content": content, **more})
         roles = ", ".join(turn["role"] for turn in turns)
         problem = f"the chat template refuses the turns {roles}; change the prompts or the template"
-        with explain(problem, Exception):  # templates are programs
+        with errors_as(problem, Exception):  # templates are programs
             return self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
 
     def _hide_content(self, message: Message, hide: Callable[[str], str]) -> str:
@@ -1530,7 +1530,7 @@ class Encoder:
         the tokenizer would still turn into control tokens.
         """
         text = self.render(messages)
-        with explain("the tokenizer cannot encode it", Exception):
+        with errors_as("the tokenizer cannot encode it", Exception):
             encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
         ids = encoded["input_ids"]
         n_control = sum(token_id in self._control_ids for token_id in ids)
@@ -1676,7 +1676,7 @@ class Encoder:
             self.counts["with equal token sequences"] += len(encoded) - len(different)
             encoded = different
         changes = self.describe_counts() or "none cut or left out"
-        say(f"{source}: {len(encoded)} of {len(pairs)} pairs used; {changes}")
+        log(f"{source}: {len(encoded)} of {len(pairs)} pairs used; {changes}")
         if not encoded:
             hint = f"; {CRITIQUES_MISSING}" if self.counts["without critique"] else ""
             raise CritiqueRMError(f"{source}: no pair is left to use ({changes}){hint}")
@@ -2005,7 +2005,7 @@ def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.
     return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
-def meet(place: str, minutes: float = 30) -> None:
+def barrier(place: str, minutes: float = 30) -> None:
     """Waits for all ranks. Raises CritiqueRMError that names those which did not come in time."""
     try:
         dist.monitored_barrier(_cpu_group(), timedelta(minutes=minutes), wait_all_ranks=True)
@@ -2080,14 +2080,14 @@ def find_model(name: str) -> str:
     if os.path.isdir(name):
         return name
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    with explain(f"{name}: neither a folder nor a Hub model", Exception):  # of many kinds
+    with errors_as(f"{name}: neither a folder nor a Hub model", Exception):  # of many kinds
         return hub.snapshot_download(
             name, allow_patterns=patterns
         )  # locks: one rank downloads a file
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    with explain(f"{folder}: no usable tokenizer", Exception):  # of many kinds
+    with errors_as(f"{folder}: no usable tokenizer", Exception):  # of many kinds
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -2101,7 +2101,9 @@ def load_config(folder: str) -> PreTrainedConfig:
             f"{folder}: a PEFT adapter, not a whole model; merge it first: PeftModel."
             "from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
         )
-    with explain(f"{folder}: no usable config.json", Exception):  # a wrong value raises many kinds
+    with errors_as(
+        f"{folder}: no usable config.json", Exception
+    ):  # a wrong value raises many kinds
         whole = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config = whole.get_text_config(decoder=True)
     if getattr(whole, "is_encoder_decoder", False):
@@ -2119,7 +2121,7 @@ def load_config(folder: str) -> PreTrainedConfig:
         if config.model_type in TEXT_SIBLINGS:
             advice = f"take a text-only one, such as {TEXT_SIBLINGS[config.model_type]}"
             raise CritiqueRMError(f"{folder}: {whole.model_type} models also see images; {advice}")
-        say(f"{folder}: a {whole.model_type} model; the part that reads text is used")
+        log(f"{folder}: a {whole.model_type} model; the part that reads text is used")
         config.critique_rm = getattr(whole, "critique_rm", None)
         if config.pad_token_id is None:
             config.pad_token_id = getattr(whole, "pad_token_id", None)
@@ -2224,7 +2226,7 @@ def build_model(
         model = make_model(config)
     trunk, head = trunk_and_head(model)
     model.compute_dtype = compute_dtype
-    say(f"computing in {name_of(compute_dtype)}")
+    log(f"computing in {name_of(compute_dtype)}")
     if change:
         change(model)
     n_shards = mesh.shape[-1]
@@ -2276,7 +2278,7 @@ def warm_up(model: PreTrainedModel, share: bool, budget_tokens: int) -> None:
     ids = np.arange(n_tokens, dtype=np.int32) % model.config.vocab_size
     row = [build_trie([ids], [0])]
     advice = "--compile needs a model that torch can compile, and a C++ compiler; leave it out"
-    with explain(advice, Exception):  # of many kinds
+    with errors_as(advice, Exception):  # of many kinds
         for n_rows in (1, 2):  # one row is compiled apart
             batch = collate([row] * n_rows, device)
             compute_rewards(model, batch, share).sum().backward()
@@ -2313,7 +2315,7 @@ def read_weights(
     paths = find_weights(folder)
     others = {path.name for path in Path(folder).glob("*.safetensors")} - {p.name for p in paths}
     if others:
-        say(f"{folder}: not read, as Transformers would not: {', '.join(sorted(others))}")
+        log(f"{folder}: not read, as Transformers would not: {', '.join(sorted(others))}")
     stored = read_headers(paths)
     model.to_empty(device=device)
     fill_buffers(model)
@@ -2322,10 +2324,10 @@ def read_weights(
     if keeps_head or head_seed is None:
         wanted["score.weight"] = "score.weight"
         if head_seed is not None:
-            say(f"{folder}: a reward model; its head is kept (--new-head draws a new one)")
+            log(f"{folder}: a reward model; its head is kept (--new-head draws a new one)")
     else:
         init_head(model, head_seed)
-        say(f"{folder}: a new reward head is drawn")
+        log(f"{folder}: a new reward head is drawn")
     _check_stored(model, folder, wanted, stored, prefix, new_head)
     weights = model.state_dict()
     for key, name in wanted.items():
@@ -2342,7 +2344,7 @@ def read_weights(
         for path in paths:
             os.symlink(path.resolve(), Path(links) / path.name)
         reader = dcp.HuggingFaceStorageReader(links)
-        with explain(f"{folder}: damaged safetensors", safetensors.SafetensorError):
+        with errors_as(f"{folder}: damaged safetensors", safetensors.SafetensorError):
             dcp.load({key: weights[name] for key, name in wanted.items()}, storage_reader=reader)
 
 
@@ -2356,7 +2358,7 @@ def find_weights(folder: str) -> list[Path]:
     if whole.is_file():
         return [whole]
     if index.is_file():
-        with explain(f"{index}: damaged", Exception):
+        with errors_as(f"{index}: damaged", Exception):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         for name in names:
             if Path(name).name != name or not (Path(folder) / name).is_file():
@@ -2385,7 +2387,7 @@ def read_headers(paths: Sequence[Path]) -> dict[str, Header]:
     headers = {}
     for path in paths:
         with (
-            explain(f"{path}: damaged safetensors", Exception),
+            errors_as(f"{path}: damaged safetensors", Exception),
             safetensors.safe_open(path, "pt") as file,
         ):
             for key in file.keys():
@@ -2452,7 +2454,7 @@ def _check_stored(
         )
     if others:
         some = ", ".join(others[:3])
-        say(f"{folder}: {len(others)} tensors do not belong to a reward model, not read: {some}")
+        log(f"{folder}: {len(others)} tensors do not belong to a reward model, not read: {some}")
 
 
 # The head of a language model, and buffers that older versions of Transformers saved.
@@ -2577,7 +2579,7 @@ def shares_prefixes(model: PreTrainedModel, longest: int) -> bool:
             f"on what else is computed with it; {advice}"
         )
     if not share:
-        say(
+        log(
             f"this {model.config.model_type} model reads one sequence a row, without shared prefixes"
         )
     _layouts(model)[longest] = share
@@ -2631,7 +2633,7 @@ def _compute_alone(model: PreTrainedModel, longest: int) -> tuple[list[np.ndarra
     alone = []
     for sequence in sequences:
         ids = torch.from_numpy(sequence.astype(np.int64))[None].to(head.weight.device)
-        with explain(f"this {model.config.model_type} model cannot be computed", Exception):
+        with errors_as(f"this {model.config.model_type} model cannot be computed", Exception):
             outputs = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         alone.append(outputs.last_hidden_state[0])
         if not alone[-1].isfinite().all():
@@ -2762,7 +2764,7 @@ def load_reward_model(
     )
     if ours and encoder.use_critiques != reads_critiques:
         how = "with" if reads_critiques else "without"
-        say(f"{folder}: trained {how} critiques; this tests it the other way")
+        log(f"{folder}: trained {how} critiques; this tests it the other way")
     check_fits(config, encoder)
     if not ours:
         say_where_read(folder, encoder)
@@ -2799,7 +2801,7 @@ def say_where_read(folder: str, encoder: Encoder) -> None:
     ids = encoder.tokenizer(encoder.render(messages), add_special_tokens=False)["input_ids"]
     last, read = encoder.tokenizer.convert_ids_to_tokens([ids[-1], encoder.end_id])
     if encoder.encode(messages).size < len(ids):
-        say(f"{folder}: read at {read!r}, as its class does: {last!r} is its padding")
+        log(f"{folder}: read at {read!r}, as its class does: {last!r} is its padding")
 
 
 def score_answers(

@@ -38,7 +38,14 @@ import numpy as np
 import torch.distributed as dist
 
 import critique_rm as rm
-from critique_rm import CritiqueRMError, Pair, PairScore, natural, positive_int, say
+from critique_rm import (
+    CritiqueRMError,
+    Pair,
+    PairScore,
+    log,
+    nonnegative_int,
+    positive_int,
+)
 
 N_RESAMPLES = 2000
 N_DRAWS = 200  # of critiques of a response
@@ -109,7 +116,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("table").add_argument
     add("--probe", choices=PROBES, action="append", default=[], help="another row; repeatable")
     add("--judge", metavar="FILE", action="append", default=[], help="verdicts of generate.py")
-    add("--seed", type=natural, default=0, help="of bootstrap, sign flips and shuffling")
+    add("--seed", type=nonnegative_int, default=0, help="of bootstrap, sign flips and shuffling")
     add = parser.add_argument_group("files to write").add_argument
     add("--json", metavar="FILE", help="the table")
     add("--save-scores", metavar="FILE", help="one line a pair")
@@ -272,7 +279,7 @@ def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Diffe
     others = {score.id: score for score in b}
     common = [(score, others[score.id]) for score in a if score.id in others]
     n = len(common)
-    say(f"{n} pairs in both; {len(a) - n} only in A, {len(b) - n} in B")
+    log(f"{n} pairs in both; {len(a) - n} only in A, {len(b) - n} in B")
     if not common or any(one.prompt_id != other.prompt_id for one, other in common):
         raise CritiqueRMError(
             "the two files do not hold scores of the same pairs; score one file twice"
@@ -399,7 +406,7 @@ def measure_curve(test: str, runs: Runs, seed: int) -> list[Point]:
     common = find_common_pairs(test, runs)
     accuracy = resample_accuracy(runs, common, seed)
     if any(len(by_seed) == 1 for by_seed in runs.values()):
-        say(f"{test}: the interval of a single seed is over prompts alone; seeds differ, run more")
+        log(f"{test}: the interval of a single seed is over prompts alone; seeds differ, run more")
     plain = {size: values for (critiques, size), values in accuracy.items() if critiques == "none"}
     points = []
     for (critiques, size), values in accuracy.items():
@@ -436,7 +443,7 @@ def find_common_pairs(test: str, runs: Runs) -> list[PairScore]:
     common = [s for s in all_scores[0] if (s.id, s.prompt_id) in in_all]
     n_left_out = max(map(len, all_scores)) - len(common)
     if n_left_out:
-        say(f"{test}: {n_left_out} pairs are left out, as some run has not scored them")
+        log(f"{test}: {n_left_out} pairs are left out, as some run has not scored them")
     if not common:
         raise CritiqueRMError(f"the runs have no pair of {test} in common; give them one test file")
     return common
@@ -1050,7 +1057,7 @@ def group_rows(opinions: Opinions, n_by_group: Counter[str], seed: int) -> list[
     rows = []
     if opinions.scorer == "reward model" and len(groups) < len(n_by_group):
         n_left_out = len(n_by_group) - len(groups)
-        say(
+        log(
             f"{n_left_out} of {len(n_by_group)} lists of responses are incomplete: not in best of n"
         )
     if groups and all(group.chosen is not None for group in groups):
@@ -1512,13 +1519,13 @@ def score_single(args: argparse.Namespace) -> int:
     rewards = rm.score_answers(model, encoder, answers, args.micro_batch_tokens, args.skip_bad)
     n_missing = rewards.count(None)
     if counted := encoder.describe_counts():
-        say(f"{args.answers}: of {len(answers)} answers {counted}")
+        log(f"{args.answers}: of {len(answers)} answers {counted}")
     if dist.get_rank() == 0:
         for answer, reward in zip(answers, rewards):
             print(rm.to_json({"id": answer.id or answer.where, "reward": reward}))
     if n_missing:
         hint = f" ({rm.CRITIQUES_MISSING})" if encoder.counts["without critique"] else ""
-        say(f"{args.answers}: {n_missing} of {len(answers)} answers have no reward{hint}")
+        log(f"{args.answers}: {n_missing} of {len(answers)} answers have no reward{hint}")
     return 1 if n_missing else 0
 
 
@@ -1540,10 +1547,10 @@ def main() -> int:
             return compare_scores(args) if args.compare else print_curves(args)
         code = evaluate_pairs(args) if args.data else score_single(args)
     except (CritiqueRMError, OSError) as error:
-        rm.say_error("evaluate.py", error)
+        rm.log_error("evaluate.py", error)
         return 1
     except KeyboardInterrupt:
-        say("evaluate.py: interrupted")
+        log("evaluate.py: interrupted")
         return 130
     dist.destroy_process_group()
     return code

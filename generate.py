@@ -51,15 +51,18 @@ from requests.utils import select_proxy
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from critique_rm import Answer, CritiqueRMError, Message, Pair
 from critique_rm import (
+    Answer,
+    CritiqueRMError,
+    Message,
+    Pair,
     check_messages,
     digest,
-    explain,
+    errors_as,
     leave,
+    log,
     positive_int,
     replace_file,
-    say,
     stream_pairs_or_answers,
     sync_folder,
     write_prompt,
@@ -327,7 +330,7 @@ class Plan:
         self.lower_limits = journal.lower_limits(args.max_tokens)
         self.keys: list[str] = []
         self.n_bytes = array("Q")  # of each question, for the estimate of --dry-run
-        with explain(f"{args.output}: no room beside it for a copy of the data", OSError):
+        with errors_as(f"{args.output}: no room beside it for a copy of the data", OSError):
             n_reviewed = 0
             for item in stream_pairs_or_answers(args.data, args.skip_bad):
                 n_reviewed += has_critiques(item)
@@ -336,13 +339,13 @@ class Plan:
         what = "pairs" if self.items.kind is Pair else "answers"
         if n_reviewed and args.task == "critique":
             reviewed = f"{n_reviewed} {what} have critiques"
-            say(f"{args.data}: {reviewed}, which {args.output} will not hold")
+            log(f"{args.data}: {reviewed}, which {args.output} will not hold")
         n_skipped = self.keys.count("") // len(self.slots)
         if n_skipped == len(self.items):
             raise CritiqueRMError(f"{args.data}: no critiques in it; run generate.py on it first")
         if n_skipped:
             skipped = f"{n_skipped} of {len(self.items)} pairs skipped"
-            say(f"{args.data}: {skipped}: they lack a critique")
+            log(f"{args.data}: {skipped}: they lack a critique")
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -446,7 +449,7 @@ class Journal:
             self.end += len(line) if line.endswith(b"\n") else 0
         self.file.truncate(self.end)
         if n_torn:
-            say(f"{path}: {n_torn} torn line(s) dropped; what they held is asked for again")
+            log(f"{path}: {n_torn} torn line(s) dropped; what they held is asked for again")
 
     def lock(self) -> None:
         """Raises CritiqueRMError where another process holds it, or the disk knows no locks."""
@@ -531,9 +534,9 @@ def report_makers(journal: Journal, keys: Iterable[str], args: argparse.Namespac
         n_unused = n_all[number] - n_used[number]
         made_by = f"answers made with {' and '.join(differences)}"
         if differences and n_unused:
-            say(f"{journal.path}: {n_unused} {made_by} are not used{stale}")
+            log(f"{journal.path}: {n_unused} {made_by} are not used{stale}")
         if differences and n_used[number] and other:
-            say(f"{journal.path}: {n_used[number]} {made_by} are used; another --output asks anew")
+            log(f"{journal.path}: {n_used[number]} {made_by} are used; another --output asks anew")
 
 
 def describe_differences(other: dict, maker: dict) -> list[str]:
@@ -1072,7 +1075,7 @@ def innermost(error: BaseException) -> BaseException:
 
 def say_above_bar(message: str) -> None:
     with tqdm.external_write_mode(sys.stderr):
-        say(message)
+        log(message)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1262,7 +1265,7 @@ def write_critiques(
                 problems += [outcome.problem for outcome in outcomes if outcome.problem]
             if problems:
                 first = f"{problems[0].reason} ({problems[0].detail})"
-                say(f"{endpoint.name}: {len(problems)} critiques missing, the first: {first}")
+                log(f"{endpoint.name}: {len(problems)} critiques missing, the first: {first}")
             found = {key: journal.read(key)["answer"] for key in journal.places}
     return [found.get(question.key) for question in questions]
 
@@ -1322,7 +1325,7 @@ class Failures:
             counts = Counter(row["reason"] for row in new).most_common()
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
             first = new[0]["detail"]
-            say(f"no answer: {reasons} (first: {first}); see {self.path}, or run this again")
+            log(f"no answer: {reasons} (first: {first}); see {self.path}, or run this again")
         return len(new)
 
 
@@ -1413,16 +1416,16 @@ def report_style(keys: Collection[str], journal: Journal) -> None:
         n_leaks += any(re.search(leak, text) for leak in LEAKS)
         n_thoughts += looks_like_reasoning(text)
     if n_leaks > MAX_LEAK_SHARE * len(keys):
-        say(f"warning: {n_leaks} of {len(keys)} critiques hold a grade or mention another response")
+        log(f"warning: {n_leaks} of {len(keys)} critiques hold a grade or mention another response")
     if n_thoughts:
-        say(f"warning: {n_thoughts} of {len(keys)} critiques look like a model's reasoning")
+        log(f"warning: {n_thoughts} of {len(keys)} critiques look like a model's reasoning")
 
 
 def report_position_bias(rows: list[dict]) -> None:
     both = [tuple(row["verdicts"].values()) for row in rows if all(row["verdicts"].values())]
     n_first = sum((first == "chosen") + (second == "rejected") for first, second in both)
     n_turned = sum(first != second for first, second in both)
-    say(
+    log(
         f"position bias: {n_first} of {2 * len(both)} verdicts are for the response shown first; "
         f"{n_turned} of {len(both)} pairs turn with the order"
     )
@@ -1451,7 +1454,7 @@ def show_first_request(plan: Plan, numbers: array) -> Counter:
     """Prints it; returns the tokens to expect, at four bytes each and at most."""
     bodies = [plan.question(number).body | {"stream": False} for number in numbers[:1]]
     print(json.dumps(bodies, indent=2, ensure_ascii=False))
-    say(f"dry run: {len(numbers)} calls, none made; the tokens below are estimates")
+    log(f"dry run: {len(numbers)} calls, none made; the tokens below are estimates")
     n_bytes = sum(plan.n_bytes[number] for number in numbers)
     n_tokens = len(numbers) * plan.args.max_tokens
     return Counter(prompt_tokens=n_bytes // 4, completion_tokens=n_tokens)
@@ -1508,7 +1511,7 @@ def run(args: argparse.Namespace) -> int:
         n_calls = len(plan.keys) - plan.keys.count("")
         n_reused = n_calls - len(numbers)
         if n_reused:
-            say(f"{n_reused} of {n_calls} calls saved: answered before, or the same as another")
+            log(f"{n_reused} of {n_calls} calls saved: answered before, or the same as another")
             endpoint.evidence.n_answered = n_reused
         report_makers(journal, plan.keys, args)
         n_first = len(numbers) - n_last
@@ -1559,10 +1562,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(parse_arguments(argv))
     except (CritiqueRMError, OSError) as error:
-        say(str(error))
+        log(str(error))
         return 1
     except KeyboardInterrupt:
-        say("interrupted; the answers that arrived are kept, and the same command continues")
+        log("interrupted; the answers that arrived are kept, and the same command continues")
         return 130
 
 

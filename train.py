@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 import critique_rm as rm
 from critique_rm import CritiqueRMError, EncodedPair, Encoder, Pair, PairScore
-from critique_rm import natural, positive_int, say
 from critique_rm import dcp, dtensor, transformers  # imported when they are first used
+from critique_rm import log, nonnegative_int, positive_int
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -101,7 +101,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--weight-decay", type=fraction, default=0.0, help="AdamW's, of all that is trained")
     add("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
     add("--average-critiques", action="store_true", help="mean reward, not one drawn an epoch")
-    add("--seed", type=natural, default=0, help="of data order, head and tiny model")
+    add("--seed", type=nonnegative_int, default=0, help="of data order, head and tiny model")
     add(
         "--dtype", choices=rm.DTYPES, default="auto", help="to compute in; auto: bf16 if it is fast"
     )
@@ -228,7 +228,7 @@ def lock_folder(folder: Path):
     lock.seek(0)
     if lock.read() != mark:
         raise elsewhere
-    rm.meet("the start")
+    rm.barrier("the start")
     return lock
 
 
@@ -359,7 +359,7 @@ def prepare_model(
         goes_on = not args.new_head and rm.has_reward_head(source)
     longest = getattr(config, "max_position_embeddings", None) or args.max_length_tokens
     if longest < args.max_length_tokens:
-        say(f"{args.model} reads at most {longest} tokens: --max-length-tokens is set to that")
+        log(f"{args.model} reads at most {longest} tokens: --max-length-tokens is set to that")
     n_tokens = min(longest, args.max_length_tokens)
     before = rm.read_settings(config, args.model) or {"keep_tail": True}
     encoder = Encoder(
@@ -497,7 +497,7 @@ def write_merged(model: PreTrainedModel, draft: Path) -> None:
                 model.config.dtype = tensors[name].dtype  # Transformers then loads it as it is
             if path == paths[-1]:
                 tensors["score.weight"] = head
-            with rm.explain(f"{draft} was not written", safetensors.SafetensorError):
+            with rm.errors_as(f"{draft} was not written", safetensors.SafetensorError):
                 safetensors.torch.save_file(tensors, draft / path.name, metadata={"format": "pt"})
             shutil.copymode(path, draft / path.name)  # it would be for its owner alone
             files |= dict.fromkeys(tensors, path.name)
@@ -567,7 +567,7 @@ def save_checkpoint(
     The newest two are kept, and of each the best one up to it: if the newest is damaged and the
     run goes on from the one before, the best weights until then are still there.
     """
-    rm.meet(f"the checkpoint after step {step}")
+    rm.barrier(f"the checkpoint after step {step}")
     draft, final = folder / "checkpoints" / "draft", checkpoint_path(folder, step)
     tensors = checkpoint_tensors(model, optimizer)
     rm.write_tensors(draft, tensors, FILE_BYTES * dist.get_world_size())
@@ -596,7 +596,7 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer) 
             for damaged in found[found.index(str(path)) + 1 :]:  # or they would count as the newest
                 rm.on_rank_zero(lambda: shutil.rmtree(damaged, ignore_errors=True))
             return int(path.name.removeprefix("step-"))
-        say(f"warning: {path} is damaged; trying the one before it")
+        log(f"warning: {path} is damaged; trying the one before it")
     if found:
         raise CritiqueRMError(f"{folder}: no checkpoint is whole; start anew with --overwrite")
     return 0
@@ -834,7 +834,7 @@ def train(
             if args.eval_every_steps and n_done % args.eval_every_steps == 0 and not last:
                 for name, test in tests.items():
                     scores = rm.score_pairs(model, test, args.micro_batch_tokens)
-                    say(f"step {n_done}: {name}: accuracy {accuracy(scores):.4f}")
+                    log(f"step {n_done}: {name}: accuracy {accuracy(scores):.4f}")
             is_due = is_main and time.monotonic() - saved_at > SAVE_EVERY_SECONDS
             events = torch.tensor([len(stopped), is_due])
             dist.all_reduce(events)  # a signal may reach one rank only, or one before another
@@ -873,7 +873,7 @@ class LearningCheck:
     def look_at(self, row: dict[str, float], is_warm: bool) -> None:
         self.n_flat = self.n_flat + 1 if abs(row["loss"] - math.log(2)) < 1e-3 else 0
         if self.n_flat == FLAT_STEPS:
-            say("the loss stays at log 2: the model does not tell chosen from rejected")
+            log("the loss stays at log 2: the model does not tell chosen from rejected")
         is_equal = row["accuracy"] == row["margin"] == 0 and is_warm
         self.n_equal = self.n_equal + 1 if is_equal else 0
         if self.n_equal == FLAT_STEPS:
@@ -919,7 +919,7 @@ def open_metrics(
 
 def import_tensorboard() -> type:
     """Its writer. Raises CritiqueRMError where the package is missing."""
-    with rm.explain("--tensorboard needs a package: pip install tensorboard", ImportError):
+    with rm.errors_as("--tensorboard needs a package: pip install tensorboard", ImportError):
         from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter
 
@@ -969,7 +969,7 @@ def score_tests(
         stems = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
         used.add(stem := next(stem for stem in stems if stem not in used))
         rm.on_rank_zero(lambda: rm.write_scores(folder / f"scores-{stem}.jsonl", scores))
-        say(f"{name}: accuracy {results[name]:.4f} on {len(test)} pairs")
+        log(f"{name}: accuracy {results[name]:.4f} on {len(test)} pairs")
     return results
 
 
@@ -1135,7 +1135,7 @@ def choose_micro_batch(
                 break
             n_tokens //= 2
     except CritiqueRMError as error:  # a model that can be computed, but not without storage
-        say(f"no memory was planned: {error}; --micro-batch-tokens is {n_tokens}")
+        log(f"no memory was planned: {error}; --micro-batch-tokens is {n_tokens}")
     of_all = torch.tensor(n_tokens)
     dist.all_reduce(of_all, op=dist.ReduceOp.MIN)
     return of_all.item()
@@ -1165,7 +1165,7 @@ def plan_parts(
     if n_processes % n_shards:
         raise CritiqueRMError(f"{n_processes} processes are not groups of {n_shards}")
     problem = f"{args.model}: no model can be computed from its config.json"
-    with rm.explain(problem, Exception), FakeTensorMode(), torch.device("cpu"):
+    with rm.errors_as(problem, Exception), FakeTensorMode(), torch.device("cpu"):
         model = make_fake_model(args, config, dtype)
         blocks = rm.find_blocks(rm.trunk_and_head(model)[0])
         whole = activation_bytes(model, n_tokens, args.max_length_tokens)
@@ -1276,7 +1276,7 @@ def run(args: Namespace) -> dict:
     old = None if args.overwrite else rm.on_rank_zero(lambda: read_run(path))
     if old and "summary" in old:
         check_same_run(old, old | {"arguments": vars(args), "data": digest_data(pairs)})
-        say(f"{folder} is finished")
+        log(f"{folder} is finished")
         return old["summary"]
     try:
         # before a tokenizer is trained: it must not see the others
@@ -1377,7 +1377,7 @@ def main() -> int:
     try:
         summary = plan(args) if args.plan else run(args)
     except (CritiqueRMError, OSError, dcp.CheckpointException) as error:
-        rm.say_error("train.py", error)
+        rm.log_error("train.py", error)
         return 1
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
@@ -1385,10 +1385,10 @@ def main() -> int:
         advice = (
             "lower --micro-batch-tokens, add --activation-checkpointing, use more processes, or"
         )
-        rm.say_error("train.py", MemoryError(f"out of memory; {advice} train a --lora-rank"))
+        rm.log_error("train.py", MemoryError(f"out of memory; {advice} train a --lora-rank"))
         return 1
     except KeyboardInterrupt:
-        say("train.py: interrupted; continue with --out RUN --resume")
+        log("train.py: interrupted; continue with --out RUN --resume")
         return 130
     if dist.get_rank() == 0:
         print(rm.to_json(summary), flush=True)

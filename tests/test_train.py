@@ -403,7 +403,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, monkeypatch):
         "    os.read(is_over, 1)\n"
         "    os._exit(0)\n"
         "try:\n"
-        "    rm.meet('the start', minutes=0.01)\n"
+        "    rm.barrier('the start', minutes=0.01)\n"
         "except rm.CritiqueRMError as error:\n"
         "    print(error, flush=True)\n"
         "os.write(over, b'.')\n"
