@@ -252,24 +252,28 @@ class Notes:
     def log(self, source: str) -> None:
         for sentence, n in self.sentences.items():
             log(f"{source}: {sentence.format(n=n)}")
-        found = []
+        ignored = []
         for name, n in sorted(self.ignored.items()):
-            meant = difflib.get_close_matches(name, READ_FIELDS, 1, 0.85)
-            hint = f"; is {meant[0]!r} meant?" if meant not in ([], [name]) else ""
-            found.append(f"{_shorten(name)} ({n} record{'s' if n > 1 else ''}{hint})")
-        if found:
-            log(f"{source}: ignored: {', '.join(found)}")
+            records = f"{n} record{'s' if n > 1 else ''}"
+            known = difflib.get_close_matches(name, READ_FIELDS, n=1, cutoff=0.85)
+            if known and known != [name]:
+                records += f"; is {known[0]!r} meant?"
+            ignored.append(f"{_shorten(name)} ({records})")
+        if ignored:
+            log(f"{source}: ignored: {', '.join(ignored)}")
 
 
 class Record:
     """A JSON object that knows which of its fields were read, so that none is dropped without a word."""
 
     def __init__(self, where: str, fields: dict, notes: Notes) -> None:
-        self.where, self.fields, self.notes = where, fields, notes
-        # what is false but no number says nothing
-        self.present = {
-            name for name, value in fields.items() if value or isinstance(value, int | float)
-        }
+        self.where = where
+        self.fields = fields
+        self.notes = notes
+        self.present = set()
+        for name, value in fields.items():
+            if value or isinstance(value, int | float):  # nothing else that is false says anything
+                self.present.add(name)
         self.unread = set(self.present)
 
     def __contains__(self, name: str) -> bool:
@@ -356,7 +360,8 @@ def _stream(
     source: str, skip_bad: bool, parse: Callable[[Record], list], what: str
 ) -> Iterator[Pair | Answer]:
     """What `parse` makes of each record, then what is to be said of all of them."""
-    notes, n_items = Notes(), 0
+    notes = Notes()
+    n_items = 0
     for _, items in read_rows(source, lambda *row: parse(Record(*row, notes)), skip_bad):
         n_items += len(items)
         yield from items
@@ -388,7 +393,8 @@ def _replace_critiques(pairs: list[Pair], source: str, about: str, skip_bad: boo
         for answer in answers:
             _add_critiques(found, _answer_key(answer), answer.critiques)
     notes.log(source)
-    replaced, n_found = [], 0
+    replaced = []
+    n_found = 0
     for pair in pairs:
         critiques = {}
         for side, answer in zip(SIDES, pair.answers):
@@ -472,14 +478,16 @@ def write_prompt(prompt: Sequence[Message]) -> dict[str, Any]:
 
     The prompt is a text where it is no more than that.
     """
-    turns = [message for message in prompt if message.role != "tools"]
-    tools = {}
-    if len(turns) < len(prompt):
-        tools["tools"] = json.loads(prompt[0].content)
-    is_plain = [message.role for message in turns] == ["user"] and not turns[0].more
-    is_plain = is_plain and bool(turns[0].content.strip())
-    text = turns[0].content if is_plain else [message.to_dict() for message in turns]
-    return tools | {"prompt": text}
+    record = {}
+    turns = list(prompt)
+    if turns[0].role == "tools":
+        record["tools"] = json.loads(turns.pop(0).content)
+    is_plain = len(turns) == 1 and turns[0].role == "user" and not turns[0].more
+    if is_plain and turns[0].content.strip():
+        record["prompt"] = turns[0].content
+    else:
+        record["prompt"] = [message.to_dict() for message in turns]
+    return record
 
 
 def digest_prompt(prompt: Sequence[Message]) -> str:
@@ -509,7 +517,8 @@ def _with_unique_ids(items: Iterable[Pair | Answer], source: str) -> Iterator[Pa
                 "make ids unique, or remove them and they are made from the content"
             )
         wanted = item.id or digest_pair(item)
-        item_id, n = wanted, 1
+        item_id = wanted
+        n = 1
         while item_id in seen:
             n += 1
             item_id = f"{wanted}-{n}"
@@ -1006,18 +1015,23 @@ def _implicit_prompt(record: Record, sides: list) -> tuple[tuple[Message, ...], 
     Never where another field could be the prompt, and not where they share no whole word.
     """
     unknown = record.unread - UNUSED_FIELDS - {*CRITIQUE_FIELDS, "subset", "margin", "id"}
-    others = [name for name in unknown if not isinstance(record.fields[name], int | float)]
-    texts = [side[0][-1].content for side in sides]
+    could_be_prompts = [n for n in unknown if not isinstance(record.fields[n], int | float)]
+    last_messages = [side[0][-1] for side in sides]
+    is_plain = all(len(side) == 1 for side in sides) and not any(m.more for m in last_messages)
+    texts = [message.content for message in last_messages]
     shared = os.path.commonprefix(texts)
-    cut = re.match(r"(.*\s)?", shared, re.DOTALL)[0]
-    is_plain = all(len(side) == 1 and not side[0][-1].more for side in sides)
-    if others or not is_plain or not cut.strip() or texts[0] == texts[1]:
+    whole_words = re.match(r"(.*\s)?", shared, re.DOTALL)
+    prompt = whole_words[0]
+    if could_be_prompts or not is_plain or not prompt.strip() or texts[0] == texts[1]:
         raise CritiqueRMError(
             "no field 'prompt', and no beginning that is surely one, in both responses; found "
             + _names(record)
         )
-    responses = [[(Message("assistant", text[len(cut) :]),)] for text in texts]
-    return (Message("user", cut),), responses
+    responses = []
+    for text in texts:
+        response = Message("assistant", text.removeprefix(prompt))
+        responses.append([(response,)])
+    return (Message("user", prompt),), responses
 
 
 def _critiques_along(record: Record, side: str, n_responses: int | None) -> list[tuple[str, ...]]:
@@ -1070,11 +1084,12 @@ def _parse_answer(record: Record) -> Answer:
 
 def _parse_pairs_or_answer(record: Record) -> list[Pair | Answer]:
     """A single answer is what has one response, and nothing that makes a pair of it."""
+    has_response = "response" in record.fields or "messages" in record
     has_sides = any(record.fields.get(side) is not None for side in SIDES)
     has_label = any(form.mark in record for form in LABELLED.values())
-    has_response = "response" in record.fields or "messages" in record
-    is_single = has_response and not has_sides and not has_label
-    return [_parse_answer(record)] if is_single else _parse_pairs(record)
+    if has_response and not has_sides and not has_label:
+        return [_parse_answer(record)]
+    return _parse_pairs(record)
 
 
 def _parse_critiques(record: Record) -> tuple[list[Pair], list[Answer]]:
@@ -1084,22 +1099,28 @@ def _parse_critiques(record: Record) -> tuple[list[Pair], list[Answer]]:
         return [], [_parse_answer(record)]
     if "completions" in record:  # UltraFeedback
         return [], _completions(record)
-    if (
-        "feedback1" in record or "feedback2" in record
-    ):  # HelpSteer3, ties and rows without a preference included
-        prompt, answers = _required_prompt(record), []
-        for n in (1, 2):
-            critiques = _without_grade(record, record.critiques(f"feedback{n}"))
-            answers.append(Answer(prompt, record.text(f"response{n}", True), critiques))
-        record.finish()
-        return [], answers
+    if "feedback1" in record or "feedback2" in record:  # HelpSteer3
+        return [], _reviewed_responses(record)
     pairs = _parse_pairs(record)
     return pairs, [answer for pair in pairs for answer in pair.answers]
 
 
+def _reviewed_responses(record: Record) -> list[Answer]:
+    """HelpSteer3's two responses with their feedback, also where neither is preferred."""
+    prompt = _required_prompt(record)
+    answers = []
+    for n in (1, 2):
+        response = record.text(f"response{n}", may_be_empty=True)
+        critiques = _without_grade(record, record.critiques(f"feedback{n}"))
+        answers.append(Answer(prompt, response, critiques))
+    record.finish()
+    return answers
+
+
 def _completions(record: Record) -> list[Answer]:
     """UltraFeedback's responses to one instruction, each with a critique."""
-    prompt, answers = _required_prompt(record), []
+    prompt = _required_prompt(record)
+    answers = []
     completions = record.get("completions")
     if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
         raise CritiqueRMError(
@@ -1274,11 +1295,14 @@ class ControlTokens:
         longest_first = sorted(map(re.escape, self.ids), key=len, reverse=True)
         any_token = "|".join(longest_first) or "(?!)"
         # the first letters alone are looked for first: Gemma 3 has 6,000 such tokens
-        letters = "".join(sorted({re.escape(token[0]) for token in self.ids})) or "a"
-        self.pattern = re.compile(f"(?=[{letters}])(?:{any_token})")
-        self._beginning = re.compile(f"(?=[{letters}])(?={any_token})(.)", re.DOTALL)
-        marks = {c for token in self.ids for c in token if not (c.isalnum() or c in " /_")}
-        self._disguises = {ord(c): 0xF0000 + n for n, c in enumerate(sorted(marks))}  # of no script
+        first_letters = sorted({re.escape(token[0]) for token in self.ids})
+        starts = f"(?=[{''.join(first_letters) or 'a'}])"
+        self.pattern = re.compile(f"{starts}(?:{any_token})")
+        self._beginning = re.compile(f"{starts}(?={any_token})(.)", re.DOTALL)
+        letters = set("".join(self.ids))
+        marks = [c for c in sorted(letters) if not c.isalnum() and c not in " /_"]
+        of_no_script = range(0xF0000, 0xF0000 + len(marks))
+        self._disguises = dict(zip(map(ord, marks), of_no_script))
 
     def count(self, text: str) -> int:
         return len(self.pattern.findall(text))
@@ -1301,7 +1325,8 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, control: ControlTokens) -> None:
-        self.tokenizer, self.control = tokenizer, control
+        self.tokenizer = tokenizer
+        self.control = control
         if tokenizer.chat_template is None:
             log("tokenizer without chat template: using plain 'User: … Assistant: …' text")
             tokenizer.chat_template = PLAIN_TEMPLATE
@@ -1328,7 +1353,8 @@ class ChatTemplate:
 
     def apply(self, messages: Sequence[Message], hide: Callable[[str], str]) -> str:
         """What the template writes, `hide` applied to all that comes from the data."""
-        tools, turns = None, []
+        tools = None
+        turns = []
         for message in messages:
             if message.role == "tools":
                 tools = map_texts(json.loads(message.content), hide)
@@ -1346,7 +1372,8 @@ class ChatTemplate:
 
         The opening one may be missing. Reasoning in a field of its own leaves none to the content.
         """
-        text, start = message.content, ""
+        text = message.content
+        start = ""
         for opening, closing in self.reasoning_marks:
             thought, found, answer = text.partition(closing)
             blank = thought[: len(thought) - len(thought.lstrip())]
@@ -1354,7 +1381,8 @@ class ChatTemplate:
             thought = thought[len(head) :]
             is_block = found and opening not in thought and SEPARATOR not in thought
             if is_block and message.role == "assistant" and "reasoning" not in message.more:
-                start, text = head + self._hide_marks(hide(thought)) + closing, answer
+                start = head + self._hide_marks(hide(thought)) + closing
+                text = answer
                 break
         return start + self._hide_marks(hide(text))
 
@@ -1508,8 +1536,11 @@ class Encoder:
     ) -> None:
         if not tokenizer.is_fast:
             raise CritiqueRMError("the tokenizer has no tokenizer.json; save it as a fast one")
-        self.tokenizer, self.max_length_tokens = tokenizer, max_length_tokens
-        self.use_critiques, self.keep_tail, self.pad_id = use_critiques, keep_tail, pad_id
+        self.tokenizer = tokenizer
+        self.max_length_tokens = max_length_tokens
+        self.use_critiques = use_critiques
+        self.keep_tail = keep_tail
+        self.pad_id = pad_id
         self.n_embeddings = n_embeddings  # the ids that the model has; None: all
         self.control = ControlTokens(tokenizer)
         self.template = ChatTemplate(tokenizer, self.control)
@@ -1774,19 +1805,25 @@ class Trie:
 
 def build_trie(sequences: Sequence[np.ndarray], owners: Sequence[int]) -> Trie:
     """Builds the prefix trie of token sequences, found on ids alone."""
-    ids, positions, ends = np.empty((3, sum(map(len, sequences))), np.int32)
+    most = sum(map(len, sequences))
+    ids, positions, ends = np.empty((3, most), np.int32)
     last = np.empty(len(sequences), np.int32)
-    path = previous = np.empty(0, np.int32)  # where each token of the current path stands
+    path = np.empty(0, np.int32)  # where each token of the current sequence stands
+    previous = np.empty(0, np.int32)  # the sequence before it
     n = 0
-    for s in sorted(range(len(sequences)), key=lambda s: sequences[s].tolist()):
+    in_order = sorted(range(len(sequences)), key=lambda s: sequences[s].tolist())
+    for s in in_order:
         sequence = sequences[s]
         shared = _common_prefix(previous, sequence)
-        new = np.arange(n, n + len(sequence) - shared, dtype=np.int32)
+        n_new = len(sequence) - shared
+        new = np.arange(n, n + n_new, dtype=np.int32)
         ends[path[shared:]] = n  # the branches left behind end here
         ids[new] = sequence[shared:]
         positions[new] = np.arange(shared, len(sequence))
-        path, previous, n = np.concatenate([path[:shared], new]), sequence, n + len(new)
+        path = np.concatenate([path[:shared], new])
         last[s] = path[-1]
+        previous = sequence
+        n += n_new
     ends[path] = n
     return Trie(ids[:n], positions[:n], ends[:n], last, np.array(owners, np.int32))
 
@@ -1841,11 +1878,14 @@ def pack(
     where a micro-batch counts for `charge_tokens` more: for launching its kernels, and for adding
     up its gradients.
     """
-    waiting, batches = sorted(units, key=_longest_first), []
+    waiting = sorted(units, key=_longest_first)
+    batches = []
     while waiting:
         width = unit_tokens(waiting[0])
         max_rows = n_ranks * max(1, budget_tokens // width)
-        rows, costs, n_data = [], [], 0
+        rows = []
+        costs = []
+        n_data = 0
         while waiting and len(rows) < max_rows:
             row = _fill_row(waiting, width, share)
             rows.append(row)
@@ -1865,12 +1905,15 @@ def pack(
 
 def _fill_row(waiting: list[list[Trie]], width: int, share: bool) -> list[list[Trie]]:
     """Takes units from those that wait, longest first: the longest that fits, until none does."""
-    row, space = [], width
-    while (n := bisect_left(waiting, -space, key=_longest_first)) < len(waiting):
+    row = []
+    space = width
+    while True:
+        n = bisect_left(waiting, -space, key=_longest_first)  # the first that is not too long
+        if n == len(waiting):
+            return row
         unit = waiting.pop(n)
         row.append(unit)
         space = space - unit_tokens(unit) if share else 0
-    return row
 
 
 def unit_tokens(unit: list[Trie]) -> int:
@@ -1901,7 +1944,8 @@ def collate(rows: Sequence[Sequence[Trie]], device: torch.device) -> Batch:
     ids = np.zeros((n_rows, n_columns), np.int64)
     positions = np.zeros((n_rows, n_columns), np.int64)
     ends = np.tile(np.arange(1, n_columns + 1), (n_rows, 1))  # padding sees only itself
-    last, owners = [np.empty((2, 0), np.int64)], [np.empty(0, np.int32)]
+    last = [np.empty((2, 0), np.int64)]
+    owners = [np.empty(0, np.int32)]
     for r, row in enumerate(rows):
         start = 0
         for trie in row:
@@ -1912,7 +1956,6 @@ def collate(rows: Sequence[Sequence[Trie]], device: torch.device) -> Batch:
             last.append(np.stack([np.full(len(trie.last), r), trie.last + start]))
             owners.append(trie.owners)
             start = end
-
     return Batch(
         ids=to_device(ids, device),
         positions=to_device(positions, device),
@@ -2081,9 +2124,8 @@ def find_model(name: str) -> str:
         return name
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     with errors_as(f"{name}: neither a folder nor a Hub model", Exception):  # of many kinds
-        return hub.snapshot_download(
-            name, allow_patterns=patterns
-        )  # locks: one rank downloads a file
+        # it locks each file, so that one rank downloads it and the others wait
+        return hub.snapshot_download(name, allow_patterns=patterns)
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
@@ -2101,9 +2143,7 @@ def load_config(folder: str) -> PreTrainedConfig:
             f"{folder}: a PEFT adapter, not a whole model; merge it first: PeftModel."
             "from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
         )
-    with errors_as(
-        f"{folder}: no usable config.json", Exception
-    ):  # a wrong value raises many kinds
+    with errors_as(f"{folder}: no usable config.json", Exception):  # of many kinds
         whole = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config = whole.get_text_config(decoder=True)
     if getattr(whole, "is_encoder_decoder", False):
@@ -2405,22 +2445,25 @@ ADAPTERS = (".lora_a", ".lora_b")  # what train.py adds to linear layers, and no
 def match_keys(model: PreTrainedModel, stored: dict[str, Header]) -> tuple[str, dict[str, str]]:
     """The prefix that the trunk's weights have in a file, and their names in the model by key."""
     own_prefix = model.base_model_prefix + "."
-    trunk = []
+    names = {}  # in the model, by those within the trunk
     for name in model.state_dict():
         if not name.startswith("score.") and not name.endswith(ADAPTERS):
-            trunk.append(name)
-    prefix = _find_prefix(own_prefix, trunk, stored)
-    return prefix, {prefix + name.removeprefix(own_prefix): name for name in trunk}
+            names[name.removeprefix(own_prefix)] = name
+    prefix = _find_prefix(own_prefix, list(names), stored)
+    return prefix, {prefix + inner: name for inner, name in names.items()}
 
 
-def _find_prefix(own_prefix: str, trunk: Iterable[str], stored: dict[str, Header]) -> str:
+def _find_prefix(own_prefix: str, names: list[str], stored: dict[str, Header]) -> str:
     """What stands before the names of the trunk's weights in a file: "model.", nothing, or more."""
-    names = [name.removeprefix(own_prefix) for name in trunk]
     prefixes = {own_prefix}
     for key in stored:
-        if key.endswith("." + names[0]) or key == names[0]:
+        if key == names[0] or key.endswith("." + names[0]):
             prefixes.add(key.removesuffix(names[0]))
-    return max(sorted(prefixes), key=lambda prefix: sum(prefix + name in stored for name in names))
+
+    def n_found(prefix: str) -> int:
+        return sum(prefix + name in stored for name in names)
+
+    return max(sorted(prefixes), key=n_found)
 
 
 def _check_stored(
@@ -2547,12 +2590,16 @@ def write_tensors(
 
 def number_files(tensors: dict[str, Tensor], n_bytes: int) -> dict[str, int]:
     """The file, from 1 on, that each tensor goes to: the writer holds two copies of a file."""
-    numbers, number, used = {}, 1, 0
+    numbers = {}
+    number = 1
+    used = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
         if used and used + size > n_bytes:
-            number, used = number + 1, 0
-        numbers[name], used = number, used + size
+            number += 1
+            used = 0
+        numbers[name] = number
+        used += size
     return numbers
 
 
@@ -2623,7 +2670,8 @@ def _find_layout(model: PreTrainedModel, longest: int) -> bool | None:
 def _compute_alone(model: PreTrainedModel, longest: int) -> tuple[list[np.ndarray], list[Tensor]]:
     """A short and a long sequence that begin alike, and another; the states (T, H) of each alone."""
     trunk, head = trunk_and_head(model)
-    last_id, rng = model.config.vocab_size - 1, np.random.default_rng(0)
+    last_id = model.config.vocab_size - 1
+    rng = np.random.default_rng(0)
     start = rng.integers(3, last_id, 10)
     filler = rng.choice(start, longest - 5)  # text repeats its tokens
     short = np.concatenate([start[:4], [last_id], start[4:6]])
@@ -2747,7 +2795,8 @@ def load_reward_model(
 
     What the arguments leave open comes from the folder; a model of others is read with critiques,
     up to its longest input or 4,096 tokens, where its own class reads: at the last token its
-    template writes, or before it, if that is the one it takes for padding. `dtype` is one of DTYPES; `compiled` pays for thousands of pairs.
+    template writes, or before it, if that is the one it takes for padding. `dtype` is one of
+    DTYPES; `compiled` pays for thousands of pairs.
     """
     device, mesh = start_processes()
     folder = find_model(folder)
@@ -2797,10 +2846,13 @@ def read_settings(config: PreTrainedConfig, folder: str) -> dict[str, Any]:
 
 def say_where_read(folder: str, encoder: Encoder) -> None:
     """Says at which token another's reward model is read, if that is not the end of its text."""
+    tokenizer = encoder.tokenizer
     messages = (Message("user", "a"), Message("assistant", "b"))
-    ids = encoder.tokenizer(encoder.render(messages), add_special_tokens=False)["input_ids"]
-    last, read = encoder.tokenizer.convert_ids_to_tokens([ids[-1], encoder.end_id])
-    if encoder.encode(messages).size < len(ids):
+    written = encoder.render(messages)
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    n_read = len(encoder.encode(messages))
+    if n_read < len(ids):
+        last, read = tokenizer.convert_ids_to_tokens([ids[-1], encoder.end_id])
         log(f"{folder}: read at {read!r}, as its class does: {last!r} is its padding")
 
 
@@ -2881,38 +2933,49 @@ def score_groups(
     # A block has about 12 H² weights: in a row of 2 H tokens attention, which is slower for each
     # operation, takes as long as they do. Longer rows share more, but not enough to pay for it.
     row_tokens = min(budget_tokens, 2 * model.config.hidden_size)
-    number: dict[bytes, int] = {}
+    numbers: dict[bytes, int] = {}  # of each distinct sequence
     units: list[list[Trie]] = []
     for group in groups:
-        new = {s.tobytes(): s for s in group if s.tobytes() not in number}
-        for part in _split_group(sorted(new.values(), key=lambda s: s.tolist()), row_tokens):
-            owners = range(len(number), len(number) + len(part))
-            number.update(zip((s.tobytes() for s in part), owners))
+        new = {s.tobytes(): s for s in group if s.tobytes() not in numbers}
+        in_order = sorted(new.values(), key=lambda s: s.tolist())
+        for part in _split_group(in_order, row_tokens):
+            owners = []
+            for sequence in part:
+                owners.append(len(numbers))
+                numbers[sequence.tobytes()] = len(numbers)
             units += [[trie] for trie in build_tries(part, owners, share)]
     device = next(model.parameters()).device
     ranks = (dist.get_rank(), dist.get_world_size())
-    owners, parts = [np.empty(0, np.int32)], [torch.empty(0, device=device)]
+    scored = [np.empty(0, np.int32)]  # numbers, and beside them
+    rewards = [torch.empty(0, device=device)]
     for rows in pack(units, budget_tokens, charge_tokens(model), share, *ranks):
         batch = collate(rows, device)
-        owners.append(batch.owners)
-        parts.append(compute_rewards(model, batch, share))
+        scored.append(batch.owners)
+        rewards.append(compute_rewards(model, batch, share))
     reshard(model)
-    rewards = torch.zeros(len(number), dtype=torch.float64, device=device)
-    rewards[torch.from_numpy(np.concatenate(owners)).to(device)] = torch.cat(parts).double()
-    dist.all_reduce(rewards)
-    values = rewards.tolist()
-    return [[values[number[s.tobytes()]] for s in group] for group in groups]
+    of_all_ranks = torch.zeros(len(numbers), dtype=torch.float64, device=device)
+    own = torch.from_numpy(np.concatenate(scored)).to(device)
+    of_all_ranks[own] = torch.cat(rewards).double()
+    dist.all_reduce(of_all_ranks)
+    values = of_all_ranks.tolist()
+    return [[values[numbers[s.tobytes()]] for s in group] for group in groups]
 
 
 def _split_group(sequences: list[np.ndarray], row_tokens: int) -> Iterator[list[np.ndarray]]:
     """Splits sorted sequences so that the trie of each part fits a row."""
-    part, n_tokens, previous = [], 0, np.empty(0, np.int32)
+    part = []
+    n_tokens = 0
+    previous = np.empty(0, np.int32)
     for sequence in sequences:
-        new = len(sequence) - _common_prefix(previous, sequence)
-        if part and n_tokens + new > row_tokens:
+        n_new = len(sequence) - _common_prefix(previous, sequence)
+        if part and n_tokens + n_new > row_tokens:
             yield part
-            part, n_tokens, new = [], 0, len(sequence)
-        part, n_tokens, previous = [*part, sequence], n_tokens + new, sequence
+            part = []
+            n_tokens = 0
+            n_new = len(sequence)
+        part.append(sequence)
+        n_tokens += n_new
+        previous = sequence
     if part:
         yield part
 
