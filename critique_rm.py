@@ -7,6 +7,18 @@ loss (`pairwise_loss`). train.py, generate.py and evaluate.py import from here, 
 
 Method: Ye et al., "Improving Reward Models with Synthetic Critiques", arXiv 2405.20850.
 
+Sections, some with their step in README.md's journey of a pair:
+    Errors, messages, arguments, files to write
+    1. Records
+    1. Files of records
+    1. Formats of records
+    3. Text and tokens
+    4. Packing
+    Processes
+    5. Model
+    6. Loss
+    Scoring
+
 Shapes: B pairs, S sequences, R rows, T tokens in a row, H hidden size.
 """
 
@@ -67,7 +79,7 @@ dcp, dtensor = Later("torch.distributed.checkpoint"), Later("torch.distributed.t
 safetensors, hub = Later("safetensors"), Later("huggingface_hub")
 
 # --------------------------------------------------------------------------------------------------
-# Errors, messages, arguments
+# Errors, messages, arguments, files to write
 
 
 class CritiqueRMError(Exception):
@@ -131,8 +143,33 @@ def positive_int(text: str) -> int:
     return nonnegative_int(text, least=1)
 
 
+def replace_file(path: Path, text: str | Iterable[str]) -> None:
+    """Writes a file, whole or in parts, so that at any time the old or the whole new one is there.
+
+    Raises CritiqueRMError, the old file as it was, where it cannot be written.
+    """
+    draft = path.with_name(path.name + ".draft")
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file)
+        draft.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise CritiqueRMError(f"{path} was not written: {error.strerror}") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """A new name is on disk only once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 # --------------------------------------------------------------------------------------------------
-# Records
+# 1. Records
 
 
 class Message(NamedTuple):
@@ -531,7 +568,7 @@ def _with_unique_ids(items: Iterable[Pair | Answer], source: str) -> Iterator[Pa
 
 
 # --------------------------------------------------------------------------------------------------
-# Files
+# 1. Files of records
 
 READABLE = "supported: JSON lines, a JSON array (either may be gzipped), parquet"
 TO_JSON_LINES = "pandas.read_csv(FILE).to_json('pairs.jsonl', orient='records', lines=True)"
@@ -704,7 +741,7 @@ def _check_is_row(record: dict) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Formats
+# 1. Formats of records
 
 
 @dataclass(frozen=True)
@@ -1244,7 +1281,7 @@ def _shorten(value: object) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Text and tokens
+# 3. Text and tokens
 
 SEPARATOR = "\n\nCritique: "  # between response and critique, inside the assistant's message
 PLAIN_TEMPLATE = (  # for tokenizers without a chat template of their own
@@ -1773,7 +1810,7 @@ class Encoder:
 
 
 # --------------------------------------------------------------------------------------------------
-# Packing
+# 4. Packing
 
 
 @dataclass(frozen=True)
@@ -2115,7 +2152,7 @@ def on_rank_zero(function: Callable[[], Any]) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
-# Model
+# 5. Model
 
 
 def find_model(name: str) -> str:
@@ -2766,7 +2803,7 @@ def choose_pad_token(config: PreTrainedConfig, encoder: Encoder) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Loss
+# 6. Loss
 
 
 def pairwise_loss(
@@ -3046,28 +3083,3 @@ def _mean_words(texts: Sequence[str]) -> float | None:
 def write_scores(path: Path, scores: Sequence[PairScore]) -> None:
     """Writes one JSON line a pair."""
     replace_file(path, "".join(to_json(asdict(score)) + "\n" for score in scores))
-
-
-def replace_file(path: Path, text: str | Iterable[str]) -> None:
-    """Writes a file, whole or in parts, so that at any time the old or the whole new one is there.
-
-    Raises CritiqueRMError, the old file as it was, where it cannot be written.
-    """
-    draft = path.with_name(path.name + ".draft")
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
-            file.flush()
-            os.fsync(file)
-        draft.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise CritiqueRMError(f"{path} was not written: {error.strerror}") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """A new name is on disk only once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -16,6 +16,16 @@ Interrupted or failed, the same command goes on: it asks only for what the journ
 for what failed before. Exit code 0: all answered, 1: some or all not, 2: bad usage, 130: stopped.
 
 For other programs: `write_critique` and `write_critiques`, with an `Endpoint` of some `Settings`.
+
+Sections, one with its step in README.md's journey of a pair:
+    Arguments
+    2. Questions
+    The journal
+    Replies
+    The endpoint
+    Asking
+    For other programs
+    Results
 """
 
 import argparse
@@ -221,7 +231,7 @@ def header(text: str) -> tuple[str, str, str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Questions
+# 2. Questions
 
 
 class Question(NamedTuple):

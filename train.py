@@ -10,6 +10,17 @@ is one JSON object.
 
 Minimises −log σ(r(x, y⁺, c⁺) − r(x, y⁻, c⁻)), the Bradley-Terry loss of arXiv 2405.20850.
 Hyper-parameters are ours: the paper's are not known to us.
+
+Sections, one with its step in README.md's journey of a pair:
+    Arguments
+    Run folder
+    Model
+    Low-rank adapters
+    Checkpoints
+    7. Training
+    Results
+    Memory, before anything is loaded
+    The run
 """
 
 from __future__ import annotations
@@ -641,14 +652,15 @@ def read_object(path: Path) -> dict | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Training
+# 7. Training
 
 
 def learning_rate(step: int, n_steps: int, n_warmup: int, peak: float) -> float:
     """Linear warm-up over the first steps, then a cosine to zero."""
     if step < n_warmup:
         return peak * (step + 1) / n_warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))
+    share_done = (step - n_warmup) / max(1, n_steps - n_warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * share_done))
 
 
 def pairs_of_step(pairs: list[EncodedPair], step: int, args: Namespace) -> list[EncodedPair]:
@@ -684,19 +696,13 @@ def train_step(
     """One optimizer update over the pairs of all ranks; returns the metrics of the whole step."""
     device = next(model.parameters()).device
     share = rm.shares_prefixes(model, longest_sequence(pairs))
-    units = []
-    for n, encoded in enumerate(pairs):
-        chosen, rejected = choose_sequences(encoded, epoch, args)
-        owners = [2 * n] * len(chosen) + [2 * n + 1] * len(rejected)  # the sides of pair n
-        units.append(rm.build_tries([*chosen, *rejected], owners, share))
+    batches = pack_step(model, pairs, epoch, share, args)
     margins = np.array([encoded.pair.margin for encoded in pairs], np.float32)
-    ranks = dist.get_rank(), dist.get_world_size()
-    charge = rm.charge_tokens(model)
-    batches = rm.pack(units, args.micro_batch_tokens, charge, share, *ranks)
     has_replica = model.score.weight.device_mesh.shape[-1] == 1
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, margin, reward
     extremes = torch.full((2,), -math.inf, device=device)  # of −r and of r
-    n_tokens, n_computed = 0, 0
+    n_tokens = 0
+    n_computed = 0
     # From here to the gradient norm nothing asks the device for a value: it is never waited for.
     for n, rows in enumerate(batches, 1):
         rm.keep_gathered(model, has_replica and n < len(batches))
@@ -741,6 +747,19 @@ def train_step(
     }
 
 
+def pack_step(
+    model: PreTrainedModel, pairs: list[EncodedPair], epoch: int, share: bool, args: Namespace
+) -> list[list[list[rm.Trie]]]:
+    """This rank's micro-batches of a step. Sequences of chosen n have owner 2n, of rejected 2n + 1."""
+    units = []
+    for n, encoded in enumerate(pairs):
+        chosen, rejected = choose_sequences(encoded, epoch, args)
+        owners = [2 * n] * len(chosen) + [2 * n + 1] * len(rejected)
+        units.append(rm.build_tries([*chosen, *rejected], owners, share))
+    ranks = dist.get_rank(), dist.get_world_size()
+    return rm.pack(units, args.micro_batch_tokens, rm.charge_tokens(model), share, *ranks)
+
+
 @torch.no_grad()
 def sum_rewards(loss: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
     """The sums (4,) over pairs of what a step reports, with rewards (B,) of their sides."""
@@ -767,9 +786,11 @@ def mean_per_side(rewards: Tensor, owners: np.ndarray) -> tuple[Tensor, Tensor, 
     sides, index, n_each = np.unique(owners, return_inverse=True, return_counts=True)
     index = rm.to_device(index, rewards.device)
     n_each = rm.to_device(n_each, rewards.device)
-    sums = torch.zeros(len(sides), device=rewards.device).index_add(0, index, rewards)
-    chosen, rejected = (sums / n_each).view(-1, 2).unbind(1)
-    return chosen, rejected, sides[::2] // 2
+    sums = torch.zeros(len(sides), device=rewards.device)
+    means = sums.index_add(0, index, rewards) / n_each
+    chosen, rejected = means.view(-1, 2).unbind(1)
+    pair_ids = sides[::2] // 2
+    return chosen, rejected, pair_ids
 
 
 def make_optimizer(model: PreTrainedModel, args: Namespace) -> Optimizer:
@@ -806,7 +827,8 @@ def train(
     evaluations = rm.on_rank_zero(lambda: read_evaluations(folder, first))
     is_main = dist.get_rank() == 0
     write_row = open_metrics(folder, first, args.tensorboard) if is_main else None
-    check, saved_at = LearningCheck(), time.monotonic()
+    check = LearningCheck()
+    saved_at = time.monotonic()
     bar = tqdm(total=n_steps, initial=first, unit="step", mininterval=1, disable=not is_main)
     with note_signals() as stopped, bar:
         for step in range(first, n_steps):
@@ -961,16 +983,25 @@ def score_tests(
     model: PreTrainedModel, tests: Tests, folder: Path, args: Namespace
 ) -> dict[str, float]:
     """Writes the scores of each test file; returns the accuracy on it. A collective call."""
-    results, used = {}, set()
+    results = {}
+    paths: list[Path] = []
     for name, test in tests.items():
         scores = rm.score_pairs(model, test, args.micro_batch_tokens)
         results[name] = accuracy(scores)
-        stem = Path(name).name.split(".")[0]
-        stems = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
-        used.add(stem := next(stem for stem in stems if stem not in used))
-        rm.on_rank_zero(lambda: rm.write_scores(folder / f"scores-{stem}.jsonl", scores))
+        paths.append(name_scores(folder, name, paths))
+        rm.on_rank_zero(lambda: rm.write_scores(paths[-1], scores))
         log(f"{name}: accuracy {results[name]:.4f} on {len(test)} pairs")
     return results
+
+
+def name_scores(folder: Path, test: str, taken: list[Path]) -> Path:
+    """scores-TEST.jsonl, or scores-TEST-2.jsonl for another file of that name."""
+    stem = Path(test).name.split(".")[0]
+    path = folder / f"scores-{stem}.jsonl"
+    for number in itertools.count(2):
+        if path not in taken:
+            return path
+        path = folder / f"scores-{stem}-{number}.jsonl"
 
 
 def check_saved(
@@ -1179,13 +1210,13 @@ def plan_parts(
     root = n_frozen + n_trained - block * len(blocks)
     trained_of_root = n_trained - trained_of_block * len(blocks)
     name = rm.name_of(dtype)
-    shards = f" / {n_shards} shards" if n_shards > 1 else ""
-    if n_shards == 1:
-        gathered = Part(
-            (dtype.itemsize + 4) * n_trained,
-            f"trained weights in {name} to compute with, gradients in float32 before clipping",
-        )
-    else:
+    shards = ""
+    gathered = Part(
+        (dtype.itemsize + 4) * n_trained,
+        f"trained weights in {name} to compute with, gradients in float32 before clipping",
+    )
+    if n_shards > 1:
+        shards = f" / {n_shards} shards"
         gathered = Part(
             2 * dtype.itemsize * (root + block),
             f"{name} weights of embedding and head, of a block and the next, as they are received",
@@ -1259,6 +1290,20 @@ def device_bytes(args: Namespace, n_processes: int) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
+# The run
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that training needs: what the arguments named, read, built and encoded."""
+
+    model: PreTrainedModel
+    encoder: Encoder
+    training: list[EncodedPair]
+    valid: list[EncodedPair]  # held back, to choose weights by
+    tests: Tests
+    n_selected: int  # pairs to train on, before any was left out
+    description: dict  # for run.json
 
 
 def run(args: Namespace) -> dict:
@@ -1266,65 +1311,83 @@ def run(args: Namespace) -> dict:
     rm.start_processes()
     if args.tensorboard:
         import_tensorboard()
-    names = dict.fromkeys([args.train, *args.test])
-    if args.valid:
-        names[args.valid] = None
-    pairs = {name: rm.read_pairs(name, args.skip_bad, args.critiques) for name in names}
+    names = dict.fromkeys([args.train, *args.test, *([args.valid] if args.valid else [])])
+    data = {name: rm.read_pairs(name, args.skip_bad, args.critiques) for name in names}
     folder = Path(rm.on_rank_zero(lambda: str(claim_folder(args))))
     lock = lock_folder(folder)
-    path = folder / "run.json"  # as rank 0 sees it: another machine may see a shared folder late
-    old = None if args.overwrite else rm.on_rank_zero(lambda: read_run(path))
+    # as rank 0 sees it: another machine may see a shared folder late
+    old = None if args.overwrite else rm.on_rank_zero(lambda: read_run(folder / "run.json"))
     if old and "summary" in old:
-        check_same_run(old, old | {"arguments": vars(args), "data": digest_data(pairs)})
+        check_same_run(old, old | {"arguments": vars(args), "data": digest_data(data)})
         log(f"{folder} is finished")
         return old["summary"]
     try:
-        # before a tokenizer is trained: it must not see the others
-        selected, held_back = select_pairs(pairs, args)
-        model, encoder = prepare_model(args, folder, selected)
-        encode = partial(encoder.encode_pairs, skip_bad=args.skip_bad)
-        training = encode(selected, args.train)
-        valid = encode(held_back, args.valid or "held back") if held_back else []
-        tests = {name: encode(pairs[name], name) for name in dict.fromkeys(args.test)}
-        # once, of all pairs, before the folder is written to, and before anything is compiled
-        share = rm.shares_prefixes(model, longest_sequence([*training, *valid]))
-        if args.compile:
-            rm.compile_blocks(model)
-            rm.warm_up(model, share, args.micro_batch_tokens)
+        job = prepare(args, folder, data)
     except CritiqueRMError:
         lock.close()
         if not args.resume and not args.overwrite and dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # new: the corrected command may use the name
         raise
-    description = describe(args, pairs, model, encoder)
-    same = [description["data"], description["template"]]
+    start_record(folder, old, job, args)
+    best = train(job.model, job.training, job.valid, job.tests, folder, args)
+    save_result(job.model, job.encoder, folder, args)
+    sample = job.training[:8]
+    before = rm.score_pairs(job.model, sample, args.micro_batch_tokens)
+    record = job.description | {"training_pairs": job.n_selected, "best": best}
+    tests = job.tests
+    del job
+    gc.collect()  # or the model would still be there, in cycles, while the saved one is loaded
+    model = check_saved(folder, sample, before, record["dtype"], args)
+    record["results"] = score_tests(model, tests, folder, args)
+    record["summary"] = summarize(folder, record["results"])
+    rm.on_rank_zero(lambda: conclude(folder, record))
+    lock.close()
+    return record["summary"]
+
+
+def prepare(args: Namespace, folder: Path, data: dict[str, list[Pair]]) -> Job:
+    """Builds the model and encodes the pairs: all that can be refused is refused here."""
+    selected, held_back = select_pairs(data, args)
+    # of the selected pairs alone: a tokenizer that is trained must not see the others
+    model, encoder = prepare_model(args, folder, selected)
+    encode = partial(encoder.encode_pairs, skip_bad=args.skip_bad)
+    training = encode(selected, args.train)
+    valid = encode(held_back, args.valid or "held back") if held_back else []
+    tests = {name: encode(data[name], name) for name in dict.fromkeys(args.test)}
+    # once, of all pairs, before the folder is written to, and before anything is compiled
+    share = rm.shares_prefixes(model, longest_sequence([*training, *valid]))
+    if args.compile:
+        rm.compile_blocks(model)
+        rm.warm_up(model, share, args.micro_batch_tokens)
+    description = describe(args, data, model, encoder)
+    return Job(model, encoder, training, valid, tests, len(selected), description)
+
+
+def start_record(folder: Path, old: dict | None, job: Job, args: Namespace) -> None:
+    """Writes run.json, or compares it with the `old` one. A collective call.
+
+    Raises CritiqueRMError if a rank, or the run that is resumed, has other data or settings.
+    """
+    same = [job.description["data"], job.description["template"]]
     if same != rm.on_rank_zero(lambda: same):
         raise CritiqueRMError(f"{platform.node()} reads other data or another model than rank 0")
     if old:
-        check_same_run(old, description)
+        check_same_run(old, job.description)
+        return
     if args.overwrite:
         rm.on_rank_zero(lambda: clear_folder(folder))
-    if not old and dist.get_rank() == 0:
-        rm.replace_file(path, rm.to_json(description, indent=2) + "\n")
-    best = train(model, training, valid, tests, folder, args)
-    save_result(model, encoder, folder, args)
-    sample = training[:8]
-    before = rm.score_pairs(model, sample, args.micro_batch_tokens)
-    del model
-    gc.collect()  # or it would still be there, in cycles, while the saved one is loaded
-    model = check_saved(folder, sample, before, description["dtype"], args)
-    results = score_tests(model, tests, folder, args)
-    description |= {"training_pairs": len(selected), "best": best, "results": results}
-    description |= {"summary": (summary := summarize(folder, results))}
+    rm.on_rank_zero(lambda: write_record(folder, job.description))
 
-    def conclude() -> None:
-        rm.replace_file(path, rm.to_json(description, indent=2) + "\n")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
 
-    rm.on_rank_zero(conclude)
-    lock.close()
-    return summary
+def write_record(folder: Path, record: dict) -> None:
+    rm.replace_file(folder / "run.json", rm.to_json(record, indent=2) + "\n")
+
+
+def conclude(folder: Path, record: dict) -> None:
+    """Writes the results of a run, and removes what was there to resume it."""
+    write_record(folder, record)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
 
 
 def select_pairs(pairs: dict[str, list[Pair]], args: Namespace) -> tuple[list[Pair], list[Pair]]:
