@@ -2853,7 +2853,7 @@ def load_reward_model(
         log(f"{folder}: trained {how} critiques; this tests it the other way")
     check_fits(config, encoder)
     if not ours:
-        say_where_read(folder, encoder)
+        log_where_read(folder, encoder)
     compute_dtype = choose_dtype(dtype, device, config.hidden_size)
     model = build_model(config, compute_dtype, mesh, change=freeze)
     read_weights(model, folder, device)
@@ -2881,7 +2881,7 @@ def read_settings(config: PreTrainedConfig, folder: str) -> dict[str, Any]:
     return settings
 
 
-def say_where_read(folder: str, encoder: Encoder) -> None:
+def log_where_read(folder: str, encoder: Encoder) -> None:
     """Says at which token another's reward model is read, if that is not the end of its text."""
     tokenizer = encoder.tokenizer
     messages = (Message("user", "a"), Message("assistant", "b"))

@@ -263,12 +263,16 @@ def build_judge_messages(
 
 def lay_out(prompt: Messages, sections: list[tuple[str, str]], instruction: str) -> Messages:
     """One user message; like a Markdown fence, the mark grows until no data holds it."""
-    sections = [(message.role.upper(), message.text) for message in prompt] + sections
+    turns = [(message.role.upper(), message.text) for message in prompt]
+    sections = turns + sections
     mark = "==="
     while any(f"{mark} " in text for _, text in sections):
         mark += "="
-    data = "\n".join(f"{mark} {title} {mark}\n{text}" for title, text in sections)
-    return (Message("user", f"{instruction}\n\n{data}\n{mark} END {mark}"),)
+    lines = [instruction, ""]
+    for title, text in sections:
+        lines += [f"{mark} {title} {mark}", text]
+    lines.append(f"{mark} END {mark}")
+    return (Message("user", "\n".join(lines)),)
 
 
 def build_messages(item: Pair | Answer, side: str, args: argparse.Namespace) -> Messages:
@@ -307,7 +311,8 @@ class ItemFile:
 
     def __init__(self, folder: Path):
         self.file = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=folder)
-        self.starts, self.n_bytes = array("Q"), 0
+        self.starts = array("Q")
+        self.n_bytes = 0
         self.kind: type[Pair] | type[Answer] = Pair  # of all of them
 
     def add(self, item: Pair | Answer) -> None:
@@ -335,7 +340,8 @@ class Plan:
     """
 
     def __init__(self, args: argparse.Namespace, journal: "Journal"):
-        self.args, self.places = args, journal.places
+        self.args = args
+        self.places = journal.places
         self.items = ItemFile(Path(args.output).parent)
         self.lower_limits = journal.lower_limits(args.max_tokens)
         self.keys: list[str] = []
@@ -373,10 +379,11 @@ class Plan:
         is_able = not self.args.with_critiques or all(answer.critiques for answer in item.answers)
         for side in self.sides:
             messages = build_messages(item, side, self.args) if is_able else ()
+            n_bytes = sum(len(message.content.encode()) for message in messages)
             for sample in range(self.args.n_critiques):
                 key = self.find_key(messages, sample) if is_able else ""
                 self.keys.append(key)
-                self.n_bytes.append(sum(len(message.content.encode()) for message in messages))
+                self.n_bytes.append(n_bytes)
 
     def find_key(self, messages: Messages, sample: int) -> str:
         """A question's key, or its key with a lower limit that was enough for an answer."""
@@ -403,7 +410,9 @@ class Plan:
 
     def unanswered(self, failed_before: Collection[tuple]) -> tuple[array, int]:
         """Numbers of questions, each key once; last what failed in an earlier run, how many."""
-        seen, first, last = {""}, array("L"), array("L")
+        seen = {""}
+        first = array("L")
+        last = array("L")
         for number, key in enumerate(self.keys):
             if key not in self.places and key not in seen:
                 seen.add(key)
@@ -447,13 +456,15 @@ class Journal:
     """
 
     def __init__(self, path: str):
-        self.path, self.end = path, 0
+        self.path = path
+        self.end = 0
         self.places: dict[str, tuple[int, int]] = {}  # by key: where its line begins, its maker
         self.makers: list[dict] = [{}]
         self.file = open(path, "a+b", buffering=0)  # a buffer would be flushed after a failed write
         self.lock()
         sync_folder(Path(path).parent)
-        self.reader, n_torn = open(path, "rb"), 0
+        self.reader = open(path, "rb")
+        n_torn = 0
         for line in self.reader:
             n_torn += not self.add_line(line)
             self.end += len(line) if line.endswith(b"\n") else 0
@@ -491,7 +502,8 @@ class Journal:
 
     def append(self, replies: dict[str, Reply], maker: dict) -> None:
         """Adds a batch with one sync: a sync for each answer would hold all workers up."""
-        date, lines = time.strftime("%Y-%m-%d", time.gmtime()), {}
+        date = time.strftime("%Y-%m-%d", time.gmtime())
+        lines = {}
         for key, reply in replies.items():
             made_by = maker | {"answered_by": reply.answered_by, "date": date}
             row = {"key": key, "answer": reply.text, "made_by": made_by}
@@ -533,7 +545,8 @@ class Journal:
 
 def report_makers(journal: Journal, keys: Iterable[str], args: argparse.Namespace) -> None:
     """Says, before anything is asked, what the journal holds of other models or settings."""
-    maker, n_used = describe_maker(args), Counter()
+    maker = describe_maker(args)
+    n_used = Counter()
     n_all = Counter(number for _, number in journal.places.values())
     for key in journal.places.keys() & keys:
         n_used[journal.places[key][1]] += 1
@@ -701,12 +714,13 @@ def read_failure(status: int, headers: Mapping[str, str], error: tuple[str, str,
     if status < 300 and re.fullmatch("[45][0-9][0-9]", code):
         status = int(code)  # some gateways answer 200 and put the status here
     words = f"{code} {kind} {message}".lower()
-    meanings = (r.meaning for r in RULES if status in r.statuses and re.search(r.words, words))
-    meaning = next(meanings)
+    fitting = [r for r in RULES if status in r.statuses and re.search(r.words, words)]
+    meaning = fitting[0].meaning
     if meaning in ("retry", "late"):
         seconds = read_retry_after(headers.get("Retry-After", "")) or 0.0
         return Retry(f"status {status}", message, seconds, is_late=meaning == "late")
-    reason, summary = f"status {status} {kind if code.isdigit() else code or kind}", ""
+    name = kind if code.isdigit() else code or kind
+    reason = f"status {status} {name}"
     target = headers.get("Location", "").partition("?")[0]
     if target and status < 400:
         reason = f"status {status}, moved to {target}"
@@ -728,7 +742,8 @@ def read_retry_after(value: str) -> float | None:
 def one_line(text: str) -> str:
     """A server's text made fit for a terminal: no tags, no control sequences, no second line."""
     text = re.sub("<[^>]*>", " ", text[:2000])
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(printable.split())[:200]
 
 
 REASONING_MARKS = (  # where models begin and end their reasoning, if the server leaves it in
@@ -783,19 +798,24 @@ def strip_reasoning(text: str) -> str:
 def strip_marked(text: str, opening: str, closing: str) -> str:
     """Takes the reasoning between two marks, given as patterns."""
     flags = re.DOTALL | re.IGNORECASE
+    end_mark = f"{closing}(?-i:{NO_PROSE})"
     while begun := re.match(rf"\s*{opening}", text, flags):
-        end = re.compile(f"{closing}(?-i:{NO_PROSE})", flags).search(text, begun.end())
+        end = re.compile(end_mark, flags).search(text, begun.end())
         if not end:  # never closed: reasoning alone, or prose that begins by naming the mark
             return text if re.search(closing, text, flags) else ""
         text = text[end.end() :].strip()
     if not re.search(opening, text, flags):  # it is in the prompt, and its end alone is here
-        lone_end = re.search(rf"(?:\A|(?<=[\w.!?…。\n])){closing}(?-i:{NO_PROSE})", text, flags)
-        is_quoted = lone_end and "```" in text[: lone_end.start()]
-        return text[lone_end.end() :] if lone_end and not is_quoted else text
+        lone_end = re.search(rf"(?:\A|(?<=[\w.!?…。\n])){end_mark}", text, flags)
+        if not lone_end or "```" in text[: lone_end.start()]:
+            return text
+        return text[lone_end.end() :]
     block = re.compile(rf"^[ \t]*{opening}.*?{closing}[ \t]*$", flags | re.MULTILINE)
-    for found in reversed(list(block.finditer(text))):
-        is_quoted = text[: found.start()].count("```") % 2
-        text = text if is_quoted else text[: found.start()] + text[found.end() :]
+    blocks = list(block.finditer(text))
+    for found in reversed(blocks):  # the last first, so that places before it stay
+        before = text[: found.start()]
+        is_quoted = before.count("```") % 2
+        if not is_quoted:
+            text = before + text[found.end() :]
     return text
 
 
@@ -813,9 +833,12 @@ class Pace:
     """When a worker may send a request, and how many may be on their way."""
 
     def __init__(self, n_workers: int):
-        self.stop, self.lock, self.n_workers = threading.Event(), threading.Lock(), n_workers
+        self.n_workers = n_workers
+        self.stop = threading.Event()
+        self.lock = threading.Lock()
         self.opens_at = self.spacing_seconds = 0.0  # after a rate limit
-        self.n_on_way, self.n_at_a_time = 0, float(n_workers)
+        self.n_on_way = 0
+        self.n_at_a_time = float(n_workers)
         self.n_late = self.n_in_time = 0  # since the number was last lowered
         self.lowered_at = 0.0
 
@@ -849,9 +872,10 @@ class Pace:
                 self.n_at_a_time = min(self.n_at_a_time + 1 / self.n_at_a_time, self.n_workers)
             if not is_late or 6 * self.n_late <= self.n_in_time or self.n_at_a_time < 2:
                 return
-            self.n_at_a_time = self.n_at_a_time / 2
-            self.n_late, self.n_in_time, self.lowered_at = 0, 0, time.monotonic()
-        say_above_bar(
+            self.n_at_a_time /= 2
+            self.n_late = self.n_in_time = 0
+            self.lowered_at = time.monotonic()
+        log_above_bar(
             f"calls time out: {int(self.n_at_a_time)} at a time now, {self.n_workers} were asked "
             "for; where this comes again and again, lower --workers or raise --timeout-seconds"
         )
@@ -867,20 +891,24 @@ class Evidence:
     """Whether failures speak for the whole run: one does not, many in a row that are alike do."""
 
     def __init__(self):
-        self.lock, self.problem, self.kind = threading.Lock(), None, None
+        self.lock = threading.Lock()
+        self.problem: Failed | None = None  # the last one
+        self.kind: tuple[str, ...] | None = None  # of it
         self.n_answered = self.n_alike = self.n_kinds = 0
 
     def add(self, problem: Failed | None) -> None:
         """Notes how a call ended: None for any completion. Numbers and ids may differ in words."""
         with self.lock:
             if problem is None:
-                self.n_answered, self.n_alike = self.n_answered + 1, 0
+                self.n_answered += 1
+                self.n_alike = 0
             elif not isinstance(problem, Stopped):
                 words = [word for word in problem.detail.split() if word.isalpha()]
                 kind = (problem.reason, *words[:8])
                 self.n_kinds += kind != self.kind
                 self.n_alike = self.n_alike + 1 if self.kind == kind else 1
-                self.kind, self.problem = kind, problem
+                self.kind = kind
+                self.problem = problem
 
     def is_hopeless(self, n_workers: int) -> bool:
         return self.n_alike >= (max(MIN_GIVEN_UP, n_workers) if self.n_answered else MIN_GIVEN_UP)
@@ -900,10 +928,14 @@ class Endpoint:
     """One chat address, shared by all workers. After a run that was stopped it stays stopped."""
 
     def __init__(self, settings: Settings | argparse.Namespace):
-        self.settings, self.url = settings, chat_url(settings.base_url)
-        self.pace, self.evidence = Pace(settings.workers), Evidence()
+        self.settings = settings
+        self.url = chat_url(settings.base_url)
+        self.pace = Pace(settings.workers)
+        self.evidence = Evidence()
         self.stop = self.pace.stop
-        self.is_reached, self.limit_field, self.said_until = False, "max_tokens", 0.0
+        self.is_reached = False
+        self.limit_field = "max_tokens"
+        self.said_until = 0.0  # when the wait ends that was last spoken of
         self.spent = Counter(prompt_tokens=0, completion_tokens=0)
         self.name = self.url.partition("?")[0]  # a query may hold a secret
         self.variables = [variable for _, _, variable in settings.header if variable]
@@ -917,14 +949,21 @@ class Endpoint:
     def find_secrets(self) -> list[str]:
         """What came as a credential, but for words such as "none" in place of a key."""
         values = [os.environ.get(variable, "").strip() for variable in self.variables]
-        for name, value in parse_qsl(urlsplit(self.url).query):
-            if re.search(CREDENTIALS, name, re.I):
+        query = urlsplit(self.url).query
+        for name, value in parse_qsl(query):
+            if re.search(CREDENTIALS, name, re.IGNORECASE):
                 values.append(value)
-        return [v for v in values if len(v) >= 16 or len(v) >= 8 and re.search(r"\d", v)]
+        secrets = []
+        for value in values:
+            has_digit = re.search(r"\d", value)
+            if len(value) >= 16 or len(value) >= 8 and has_digit:
+                secrets.append(value)
+        return secrets
 
     def open_session(self) -> requests.Session:
         """One for all workers: urllib3's pools have locks."""
-        session, key = requests.Session(), os.environ.get("OPENAI_API_KEY", "").strip()
+        session = requests.Session()
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         session.headers["Content-Type"] = "application/json"
         if key and "OPENAI_API_KEY" in self.variables:
             session.headers["Authorization"] = f"Bearer {key}"
@@ -946,7 +985,8 @@ class Endpoint:
         """A completion, after as many tries as allowed. Raises what `post` raises, or Stopped."""
         wait_seconds = own_seconds = 0.0
         for n_retries in itertools.count(1):
-            began_at, problem = self.pace.enter(wait_seconds), None
+            began_at = self.pace.enter(wait_seconds)
+            problem = None
             try:
                 return self.post(body)
             except Failed as failed:
@@ -958,11 +998,12 @@ class Endpoint:
                 raise problem
             own_seconds = self.back_off(problem, n_retries, own_seconds)
             wait_seconds = own_seconds + problem.wait_seconds
-            self.say_long_wait(problem, wait_seconds)
+            self.log_long_wait(problem, wait_seconds)
 
     def back_off(self, problem: Retry, n_retries: int, seconds: float = 0.0) -> float:
         """Seconds to wait, longer than the last time. Raises the problem after the last try."""
-        is_unreachable, limit = problem.reason == "unreachable", self.settings.max_retries
+        is_unreachable = problem.reason == "unreachable"
+        limit = self.settings.max_retries
         if is_unreachable and not self.is_reached:
             limit = min(limit, FIRST_CONTACT_RETRIES)
         if problem.reason == "drips":  # each try takes minutes
@@ -978,20 +1019,21 @@ class Endpoint:
             self.pace.hold_back(seconds + problem.wait_seconds)
         return seconds
 
-    def say_long_wait(self, problem: Retry, seconds: float) -> None:
+    def log_long_wait(self, problem: Retry, seconds: float) -> None:
         """Says it once for all workers that wait for the same."""
         until = time.time() + seconds
         if seconds > LONG_WAIT_SECONDS and until > self.said_until + LONG_WAIT_SECONDS:
             self.said_until = until
             clock = time.strftime("%a %H:%M:%S", time.localtime(until))
-            say_above_bar(
+            log_above_bar(
                 f"{problem.reason} ({problem.detail}): waits {seconds:.0f} s, until {clock}; to go "
                 "on later stop it, and start the same command then"
             )
 
     def post(self, body: dict) -> Completion:
         """One try. Raises Retry, Refused, or the root to end the run."""
-        field, seconds = self.limit_field, self.settings.timeout_seconds
+        field = self.limit_field
+        seconds = self.settings.timeout_seconds
         sent = {field if name == "max_tokens" else name: value for name, value in body.items()}
         ends_at = time.monotonic() + seconds + body["max_tokens"] / SLOW_TOKENS_PER_SECOND
         options = {"timeout": (CONNECT_TIMEOUT_SECONDS, seconds), "stream": True}
@@ -1083,7 +1125,7 @@ def innermost(error: BaseException) -> BaseException:
         error = inner
 
 
-def say_above_bar(message: str) -> None:
+def log_above_bar(message: str) -> None:
     with tqdm.external_write_mode(sys.stderr):
         log(message)
 
@@ -1144,13 +1186,18 @@ class Calls:
     """Questions that are asked by number with many workers, and what has come back of them."""
 
     def __init__(self, build: Callable[[int], Question], numbers: array, endpoint: Endpoint):
-        self.build, self.endpoint, self.evidence = build, endpoint, endpoint.evidence
+        self.build = build
+        self.endpoint = endpoint
+        self.evidence = endpoint.evidence
         self.n_workers = endpoint.settings.workers
-        self.rest, self.is_shuffled = array("L", reversed(numbers)), False
-        self.pool, self.arrived = ThreadPoolExecutor(self.n_workers), SimpleQueue()
+        self.rest = array("L", reversed(numbers))
+        self.is_shuffled = False
+        self.pool = ThreadPoolExecutor(self.n_workers)
         self.running: dict[Future, int] = {}
+        self.arrived: SimpleQueue[Future] = SimpleQueue()
         self.errors: list[BaseException] = []
-        self.ending_since, self.is_said = None, False
+        self.ending_since: float | None = None
+        self.is_said = False  # that it waits for the last answers
 
     def go_on(self, n_last: int) -> bool:
         """Starts calls, or waits for those on their way if the run must end; False at its end."""
@@ -1159,7 +1206,8 @@ class Calls:
             self.ending_since = None
             self.start()
             return bool(self.running)
-        now, settings = time.monotonic(), self.endpoint.settings
+        now = time.monotonic()
+        settings = self.endpoint.settings
         self.ending_since = self.ending_since or now
         waited_seconds = now - self.ending_since
         most_seconds = settings.timeout_seconds + settings.max_tokens / SLOW_TOKENS_PER_SECOND
@@ -1169,7 +1217,7 @@ class Calls:
         elif self.running and waited_seconds > GRACE_SECONDS and not self.is_said:
             self.is_said = True
             answers = f"{len(self.running)} answers on their way, {most_seconds:.0f} s at most"
-            say_above_bar(f"the run ends; it waits for {answers}")
+            log_above_bar(f"the run ends; it waits for {answers}")
         return bool(self.running) and waited_seconds < most_seconds
 
     def is_hopeless(self, n_last: int) -> bool:
@@ -1191,7 +1239,8 @@ class Calls:
         """What has come back; waits a moment for the first."""
         outcomes = []
         for future in take_all(self.arrived):
-            number, error = self.running.pop(future), future.exception()
+            number = self.running.pop(future)
+            error = future.exception()
             if error and not isinstance(error, Failed):
                 self.errors.append(error)
                 self.endpoint.stop.set()
@@ -1215,14 +1264,14 @@ def ask_all(
     `Evidence` says that all will be refused, the `n_last` last ones left out of account; raises
     once what was on its way has come, or has had the time of one try.
     """
-    calls, evidence = Calls(build, numbers, endpoint), endpoint.evidence
+    calls = Calls(build, numbers, endpoint)
     try:
         while calls.go_on(n_last):  # a worker's last answer is on disk by now
             yield calls.take()
         yield [Outcome(number, None, Stopped("stopped")) for number in calls.running.values()]
         if calls.errors:
             raise calls.errors[0]
-        if calls.is_hopeless(n_last) or evidence.is_setup():
+        if calls.is_hopeless(n_last) or endpoint.evidence.is_setup():
             raise endpoint.hopeless_error()
         if endpoint.stop.is_set():
             raise KeyboardInterrupt
@@ -1263,12 +1312,14 @@ def write_critiques(
     Raises CritiqueRMError as `ask_all` does.
     """
     questions = [build_critique_question(endpoint, *answer) for answer in answers]
-    maker, problems = describe_maker(endpoint.settings), []
+    maker = describe_maker(endpoint.settings)
+    problems = []
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(journal_path or f"{folder}/journal")
         with journal.closing(journal.path):
             new = {q.key: n for n, q in enumerate(questions) if q.key not in journal.places}
-            for outcomes in ask_all(questions.__getitem__, array("L", new.values()), endpoint):
+            numbers = array("L", new.values())
+            for outcomes in ask_all(questions.__getitem__, numbers, endpoint):
                 replies = {questions[o.number].key: o.reply for o in outcomes if o.reply}
                 if replies:
                     journal.append(replies, maker)
@@ -1320,7 +1371,8 @@ class Failures:
 
     def report(self, plan: Plan) -> int:
         """Writes and sums up what is still without an answer; returns how many failed in this run."""
-        rows, new = [], []
+        rows = []
+        new = []
         for number, key in enumerate(plan.keys):
             if key in plan.places or not key:
                 continue
@@ -1343,7 +1395,8 @@ def build_rows(plan: Plan, journal: Journal) -> Iterator[dict]:
     """The lines of OUT; an answer that is missing is not there, for a judge null."""
     numbers = itertools.count()
     for _, record in itertools.groupby(plan.items, tell_record):
-        rows, makers = [], []
+        rows = []
+        makers = []
         for item in record:
             answers = {side: [] for side in plan.sides}
             for side, _ in plan.slots:
@@ -1377,19 +1430,19 @@ def tell_record(item: Pair | Answer) -> tuple[str, str]:
 
 def build_answer(answer: Answer, found: list[str], n_critiques: int) -> dict:
     """A line of OUT: a single answer with its critiques."""
-    row = (
-        {"id": answer.id}
-        | write_prompt(answer.prompt)
-        | {"response": write_response(answer.message)}
-    )
-    critique = found if n_critiques > 1 else "".join(found)
-    return row | ({"critique": critique} if critique else {})
+    row = {"id": answer.id, **write_prompt(answer.prompt)}
+    row["response"] = write_response(answer.message)
+    if found:
+        row["critique"] = found if n_critiques > 1 else found[0]
+    return row
 
 
 def build_critiques(rows: list[tuple[Pair, dict[str, list[str]]]], n_critiques: int) -> dict:
     """A line of OUT: a pair, or the lists of responses of its record, with what was answered."""
     first, _ = rows[0]
-    row = {"id": first.group or first.id} | ({"subset": first.subset} if first.subset else {})
+    row = {"id": first.group or first.id}
+    if first.subset:
+        row["subset"] = first.subset
     row |= write_prompt(first.prompt)
     critiques = {}
     for side in ASKED_SIDES["critique"]:
@@ -1397,12 +1450,19 @@ def build_critiques(rows: list[tuple[Pair, dict[str, list[str]]]], n_critiques: 
         for pair, answers in rows:
             place = getattr(pair, f"{side}_index")
             answered[place] = (find_response(pair, side), answers[side])
-        responses = [write_response(message) for message, _ in answered.values()]
-        texts = [found if n_critiques > 1 else "".join(found) for _, found in answered.values()]
+        responses = []
+        texts = []  # of critiques, or lists of several; None where there is none
+        for message, found in answered.values():
+            responses.append(write_response(message))
+            one = found[0] if found else None
+            texts.append((found or None) if n_critiques > 1 else one)
         row[side] = responses if first.group else responses[0]
         if any(texts):
-            critiques[f"{side}_critique"] = [t or None for t in texts] if first.group else texts[0]
-    return row | critiques | ({"margin": first.margin} if first.margin else {})
+            critiques[f"{side}_critique"] = texts if first.group else texts[0]
+    row |= critiques
+    if first.margin:
+        row["margin"] = first.margin
+    return row
 
 
 def write_response(message: Message) -> str | list[dict]:
@@ -1432,12 +1492,17 @@ def report_style(keys: Collection[str], journal: Journal) -> None:
 
 
 def report_position_bias(rows: list[dict]) -> None:
-    both = [tuple(row["verdicts"].values()) for row in rows if all(row["verdicts"].values())]
-    n_first = sum((first == "chosen") + (second == "rejected") for first, second in both)
-    n_turned = sum(first != second for first, second in both)
+    n_pairs = n_first = n_turned = 0
+    for row in rows:
+        verdicts = row["verdicts"]
+        if all(verdicts.values()):
+            n_pairs += 1
+            n_first += verdicts["chosen_first"] == "chosen"
+            n_first += verdicts["rejected_first"] == "rejected"
+            n_turned += verdicts["chosen_first"] != verdicts["rejected_first"]
     log(
-        f"position bias: {n_first} of {2 * len(both)} verdicts are for the response shown first; "
-        f"{n_turned} of {len(both)} pairs turn with the order"
+        f"position bias: {n_first} of {2 * n_pairs} verdicts are for the response shown first; "
+        f"{n_turned} of {n_pairs} pairs turn with the order"
     )
 
 
@@ -1461,8 +1526,10 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def show_first_request(plan: Plan, numbers: array) -> Counter:
-    """Prints it; returns the tokens to expect, at four bytes each and at most."""
-    bodies = [plan.question(number).body | {"stream": False} for number in numbers[:1]]
+    """Prints it in a list; returns the tokens to expect, at four bytes each and at most."""
+    bodies = []
+    if numbers:
+        bodies.append(plan.question(numbers[0]).body | {"stream": False})
     print(json.dumps(bodies, indent=2, ensure_ascii=False))
     log(f"dry run: {len(numbers)} calls, none made; the tokens below are estimates")
     n_bytes = sum(plan.n_bytes[number] for number in numbers)
@@ -1511,7 +1578,8 @@ def interruptible(endpoint: Endpoint) -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> int:
-    started_at, endpoint = time.monotonic(), Endpoint(args)
+    started_at = time.monotonic()
+    endpoint = Endpoint(args)
     check_output(args)
     journal = Journal(f"{args.output}.journal")
     with journal.closing(args.output):
@@ -1528,7 +1596,8 @@ def run(args: argparse.Namespace) -> int:
         numbers = numbers[: args.max_requests]
         n_last = max(len(numbers) - n_first, 0)
         if args.dry_run:
-            n_failed, endpoint.spent = 0, show_first_request(plan, numbers)
+            n_failed = 0
+            endpoint.spent = show_first_request(plan, numbers)
         else:
             collect(plan, numbers, n_last, journal, endpoint, failures)
             rows = build_rows(plan, journal)

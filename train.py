@@ -386,7 +386,7 @@ def prepare_model(
     config.critique_rm = {"critiques": encoder.use_critiques, "max_length_tokens": n_tokens}
     if encoder.keep_tail:
         config.critique_rm["keep_tail"] = True
-        rm.say_where_read(args.model, encoder)
+        rm.log_where_read(args.model, encoder)
     torch.manual_seed(args.seed)  # a tiny model is small enough for every rank to draw the whole
     dtype = rm.choose_dtype(args.dtype, device, config.hidden_size)
     if args.micro_batch_tokens == "auto":
