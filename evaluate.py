@@ -494,12 +494,12 @@ def measure_worth(values: np.ndarray, n_pairs: int, plain: dict[int, np.ndarray]
     """How many plain pairs give the accuracy of `n_pairs` with critiques, over `n_pairs`."""
     sizes = list(plain)
     curves = np.stack(list(plain.values()), 1)  # (1 + N_RESAMPLES, sizes)
-    found = []
+    worths = []
     for accuracy, curve in zip(values, curves):
-        found.append(equal_pairs(accuracy, sizes, curve) / n_pairs)
-    low, high = np.quantile(found[1:], [0.025, 0.975], method="nearest")
+        worths.append(equal_pairs(accuracy, sizes, curve) / n_pairs)
+    low, high = np.quantile(worths[1:], [0.025, 0.975], method="nearest")
     ends = []
-    for worth in (found[0], low, high):
+    for worth in (worths[0], low, high):
         is_measured = worth != np.inf
         ends.append(float(worth) if is_measured else None)
     return Worth(*ends, smallest=sizes[0] / n_pairs, largest=sizes[-1] / n_pairs)
@@ -635,10 +635,12 @@ def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[
         places.append(both)
     rng = np.random.default_rng(seed)
     for subset in sorted({place[0] for place in critiques}):
-        those = [place for place in critiques if place[0] == subset]
-        drawn = rng.permutation(len(those))[: round(share * len(those))]
-        moved = [critiques[those[k]] for k in np.roll(drawn, 1)]  # round: none stays in its place
-        critiques |= {those[k]: texts for k, texts in zip(drawn, moved)}
+        of_subset = [place for place in critiques if place[0] == subset]
+        drawn = rng.permutation(len(of_subset))[: round(share * len(of_subset))]
+        moved = [
+            critiques[of_subset[k]] for k in np.roll(drawn, 1)
+        ]  # round: none stays in its place
+        critiques |= {of_subset[k]: texts for k, texts in zip(drawn, moved)}
     shuffled = []
     for pair, (chosen, rejected) in zip(pairs, places):
         new = {"chosen_critiques": critiques[chosen], "rejected_critiques": critiques[rejected]}
@@ -734,16 +736,16 @@ def measure_rewardbench2(groups: list[Group], seed: int) -> Figures:
     """
     figures = {}
     for subset in REWARDBENCH2:
-        those = [g for g in groups if g.subset == subset and g.chosen is not None]
+        of_subset = [g for g in groups if g.subset == subset and g.chosen is not None]
         if subset == "Ties":
-            those = [g for g in those if g.id.startswith(("ref:", "tied:"))]
+            of_subset = [g for g in of_subset if g.id.startswith(("ref:", "tied:"))]
         else:
-            those = [g for g in those if g.wins.shape == (1, 3)]
-        if those and subset == "Ties":
-            figures[subset] = score_ties(those, seed)
-        elif those:
-            ids = [g.prompt_id for g in those]
-            figures[subset] = resampled_mean([g.best_of_n for g in those], ids, seed, subset)
+            of_subset = [g for g in of_subset if g.wins.shape == (1, 3)]
+        if of_subset and subset == "Ties":
+            figures[subset] = score_ties(of_subset, seed)
+        elif of_subset:
+            ids = [g.prompt_id for g in of_subset]
+            figures[subset] = resampled_mean([g.best_of_n for g in of_subset], ids, seed, subset)
     if len(figures) == len(REWARDBENCH2):
         figures = {"score": sum(figures.values()) / len(figures), **figures}
     return figures
@@ -803,9 +805,9 @@ def measure_rm_bench(groups: list[Group], seed: int) -> Figures:
         figures[name] = resampled_mean([g.wins[part].mean() for g in groups], ids, seed, "RM-Bench")
     by_domain: dict[str, list[np.ndarray]] = {}
     for subset in sorted({g.subset for g in groups}):
-        those = [g for g in groups if g.subset == subset]
+        of_subset = [g for g in groups if g.subset == subset]
         average = resampled_mean(
-            [g.wins.mean() for g in those], [g.prompt_id for g in those], seed, subset
+            [g.wins.mean() for g in of_subset], [g.prompt_id for g in of_subset], seed, subset
         )
         by_domain.setdefault(subset.partition("-")[0], []).append(average)
     for domain in RM_BENCH_DOMAINS:
@@ -1028,9 +1030,9 @@ def tabulate(
         rows.append(opinions.measure("all", n_by_subset.total(), seed))
         by_subset = []
         for subset, n in sorted(n_by_subset.items()) if len(n_by_subset) > 1 else ():
-            those = opinions.within(subset)
-            if those.scores:
-                by_subset.append(those.measure(subset or "(none)", n, seed))
+            of_subset = opinions.within(subset)
+            if of_subset.scores:
+                by_subset.append(of_subset.measure(subset or "(none)", n, seed))
         accuracy = {row.subset: row.accuracy for row in by_subset}
         rows += by_subset + rewardbench_rows(opinions.scorer, accuracy)
         rows += group_rows(opinions, n_by_group, seed)
@@ -1063,15 +1065,15 @@ def critique_rows(scores: list[PairScore], seed: int) -> list[Row]:
 
 def benchmarks_as_dict(rows: Sequence[Row], styles: list[list[float]]) -> dict[str, dict]:
     """The reward model's figures of benchmarks, and RM-Bench's matrix, for --json."""
-    found: dict[str, dict] = {}
+    benchmarks: dict[str, dict] = {}
     for row in rows:
         benchmark, colon, name = row.subset.partition(": ")
         if row.scorer == "reward model" and colon and row.pairs is None:
             figure = {"value": row.accuracy, "low": row.low, "high": row.high}
-            found.setdefault(benchmark, {})[name] = figure
+            benchmarks.setdefault(benchmark, {})[name] = figure
     if styles:
-        found["RM-Bench"]["matrix"] = styles
-    return found
+        benchmarks["RM-Bench"]["matrix"] = styles
+    return benchmarks
 
 
 def figure_row(scorer: str, name: str, n: int | None, figure: np.ndarray) -> Row:
