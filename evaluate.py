@@ -1360,7 +1360,7 @@ def plot_scores(scores: list[PairScore]) -> dict[str, str]:
 
 def to_url(figure) -> str:
     file = io.BytesIO()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=100)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
