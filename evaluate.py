@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch.distributed as dist
@@ -122,7 +123,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-scores", metavar="FILE", help="one line a pair")
     add("--audit", metavar="FILE", help="one line a critique: how it moves the reward")
     add("--html", metavar="FILE", help="a page to look at the pairs")
-    add("--plot", metavar="FILE", help="a picture of the curve (needs matplotlib)")
+    add("--plot", metavar="FILE", help="the curve as .png, .svg or .pdf (needs matplotlib)")
     args = parser.parse_args(argv)
     with_data = ("save_scores", "audit", "judge", "probe", "html", "critiques")
     if not args.data and any(getattr(args, name) for name in with_data):
@@ -132,6 +133,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--json does not go with --answers")
     if bool(args.run) == bool(args.compare or args.curve) or args.plot and not args.curve:
         parser.error("RUN goes with --data or --answers, and --plot with --curve")
+    if args.plot and Path(args.plot).suffix.lower() not in PICTURES:
+        parser.error(f"--plot {args.plot}: the name must end in {', '.join(PICTURES)}")
     outputs = (args.json, args.save_scores, args.audit, args.html, args.plot)
     for path in filter(None, outputs):  # before hours of scoring
         if not Path(path).absolute().parent.is_dir():
@@ -491,12 +494,12 @@ def measure_worth(values: np.ndarray, n_pairs: int, plain: dict[int, np.ndarray]
     """How many plain pairs give the accuracy of `n_pairs` with critiques, over `n_pairs`."""
     sizes = list(plain)
     curves = np.stack(list(plain.values()), 1)  # (1 + N_RESAMPLES, sizes)
-    found = []
+    worths = []
     for accuracy, curve in zip(values, curves):
-        found.append(equal_pairs(accuracy, sizes, curve) / n_pairs)
-    low, high = np.quantile(found[1:], [0.025, 0.975], method="nearest")
+        worths.append(equal_pairs(accuracy, sizes, curve) / n_pairs)
+    low, high = np.quantile(worths[1:], [0.025, 0.975], method="nearest")
     ends = []
-    for worth in (found[0], low, high):
+    for worth in (worths[0], low, high):
         is_measured = worth != np.inf
         ends.append(float(worth) if is_measured else None)
     return Worth(*ends, smallest=sizes[0] / n_pairs, largest=sizes[-1] / n_pairs)
@@ -513,62 +516,6 @@ def equal_pairs(accuracy: float, sizes: Sequence[int], curve: np.ndarray) -> flo
     return float(sizes[k - 1] * (sizes[k] / sizes[k - 1]) ** share)
 
 
-def plot_curve(points: Sequence[Point], path: str) -> None:
-    """For each test: accuracy over training pairs by critiques; beside it that at the most pairs."""
-    pyplot = load_pyplot()
-    if pyplot is None:
-        raise CritiqueRMError("--plot needs matplotlib; run: pip install matplotlib")
-    tests = list(dict.fromkeys(point.test for point in points))
-    size = {"figsize": (10, 4 * len(tests)), "layout": "constrained"}
-    figure, rows = pyplot.subplots(len(tests), 2, squeeze=False, sharey="row", **size)
-    for test, (left, right) in zip(tests, rows):
-        for critiques in dict.fromkeys(point.critiques for point in points if point.test == test):
-            those = [p for p in points if (p.test, p.critiques) == (test, critiques)]
-            sizes, accuracy = [p.training_pairs for p in those], [p.accuracy for p in those]
-            ends = [(p.low, p.high) if p.low is not None else (p.accuracy,) * 2 for p in those]
-            ends = np.abs(np.transpose(ends) - accuracy)
-            if len(those) > 1:
-                left.errorbar(sizes, accuracy, ends, marker="o", capsize=3, label=critiques)
-            right.errorbar([critiques], accuracy[-1:], ends[:, -1:], marker="o", capsize=3)
-        left.set(xscale="log", xlabel="training pairs", ylabel=f"accuracy on {test}")
-        sizes = sorted({point.training_pairs for point in points if point.test == test})
-        left.set_xticks(sizes, map(str, sizes), rotation=90)
-        left.minorticks_off()
-        left.legend(title="critiques")
-        right.set(xlabel="critiques, at the most training pairs")
-        right.tick_params(axis="x", rotation=20)
-    figure.savefig(path, dpi=150)
-
-
-def plot_margins(scores: list[PairScore]) -> str:
-    """What margins go with: length, and being right. A picture as URL, empty without matplotlib."""
-    if (pyplot := load_pyplot()) is None:
-        return ""
-    margin, longer = margins_and_lengths(scores)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.scatter(longer, margin, s=8)
-    left.axhline(0, color="gray", linewidth=1)
-    left.set(xlabel="words of chosen - words of rejected", ylabel="margin of rewards")
-    _, confidence, accuracy = calibrate(margin)
-    right.plot([0.5, 1], [0.5, 1], color="gray", linewidth=1)
-    right.plot(confidence, accuracy, marker="o")
-    right.set(xlabel="confidence: σ(|margin|)", ylabel="accuracy")
-    figure.savefig(file := io.BytesIO(), dpi=100)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def load_pyplot():
-    """matplotlib's drawing part, without a screen; None if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def measure_robustness(scores: list[PairScore]) -> dict[str, float]:
     """What accuracy alone does not say: length, calibration, and the level of the rewards."""
     margin, longer = margins_and_lengths(scores)
@@ -581,7 +528,7 @@ def measure_robustness(scores: list[PairScore]) -> dict[str, float]:
     if margin.std() and longer.std():
         figures["correlation of margin and length difference"] = np.corrcoef(margin, longer)[0, 1]
     figures["log loss"] = np.logaddexp(0, -margin).mean()
-    figures["expected calibration error"] = calibration_error(margin)
+    figures["expected calibration error"] = calibration_error(scores)
     for subset in sorted({s.subset for s in scores}):
         rewards = [(s.chosen_reward + s.rejected_reward) / 2 for s in scores if s.subset == subset]
         figures["mean reward" + (f", {subset}" if subset else "")] = np.mean(rewards)
@@ -594,24 +541,63 @@ def margins_and_lengths(scores: list[PairScore]) -> tuple[np.ndarray, np.ndarray
     return np.array(margin), np.array([s.chosen_words - s.rejected_words for s in scores])
 
 
-def calibration_error(margin: np.ndarray) -> float:
+@dataclass(frozen=True)
+class Bin:
+    """The pairs whose confidence, σ(|margin|), lies in one tenth of the range from 0.5 to 1."""
+
+    start: float  # of that tenth
+    pairs: int
+    confidence: float  # the mean
+    accuracy: float
+    low: float  # ends of the 95 % interval of the accuracy
+    high: float
+
+
+def calibrate(scores: list[PairScore], n_bins: int = 10) -> list[Bin]:
+    """The bins of equal width that hold any pair, by rising confidence in the response preferred."""
+    margin, _ = margins_and_lengths(scores)
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))  # from 0.5 to 1
+    share_of_range = 2 * confidence - 1
+    numbers = np.minimum(share_of_range * n_bins, n_bins - 1).astype(int)
+    prompt_ids = np.array([score.prompt_id for score in scores])
+    bins = []
+    for number in np.unique(numbers):
+        here = numbers == number
+        accuracy = float((margin[here] > 0).mean())
+        low, high = wilson_interval(accuracy, len(set(prompt_ids[here])))
+        bins.append(
+            Bin(
+                start=0.5 + 0.5 * number / n_bins,
+                pairs=int(here.sum()),
+                confidence=float(confidence[here].mean()),
+                accuracy=accuracy,
+                low=low,
+                high=high,
+            )
+        )
+    return bins
+
+
+def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy on n prompts, for n as small as one (Wilson 1927).
+
+    As pairs over one prompt are not independent, each prompt counts once: rather too wide than
+    too narrow.
+    """
+    z = 1.96
+    middle = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
+    variance = accuracy * (1 - accuracy) / n + z**2 / (4 * n**2)
+    half = z * math.sqrt(variance) / (1 + z**2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def calibration_error(scores: list[PairScore]) -> float:
     """Of σ(|margin|), the confidence in the response preferred (Guo et al., arXiv 1706.04599).
 
     The mean distance of confidence and accuracy in bins of equal width from 0.5 to 1.
     """
-    n_in_bin, confidence, accuracy = calibrate(margin)
-    return float(n_in_bin @ np.abs(accuracy - confidence) / len(margin))
-
-
-def calibrate(margin: np.ndarray, n_bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Number of pairs, mean σ(|margin|) and accuracy in those bins of it that hold any."""
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))  # from 0.5 to 1
-    share_of_range = 2 * confidence - 1
-    bins = np.minimum(share_of_range * n_bins, n_bins - 1).astype(int)
-    _, bins, n_in_bin = np.unique(bins, return_inverse=True, return_counts=True)
-    mean_confidence = np.bincount(bins, confidence) / n_in_bin
-    accuracy = np.bincount(bins, margin > 0) / n_in_bin
-    return n_in_bin, mean_confidence, accuracy
+    distances = [b.pairs * abs(b.accuracy - b.confidence) for b in calibrate(scores)]
+    return sum(distances) / len(scores)
 
 
 def apply_probe(pairs: list[Pair], probe: str, seed: int) -> list[Pair]:
@@ -649,10 +635,12 @@ def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[
         places.append(both)
     rng = np.random.default_rng(seed)
     for subset in sorted({place[0] for place in critiques}):
-        those = [place for place in critiques if place[0] == subset]
-        drawn = rng.permutation(len(those))[: round(share * len(those))]
-        moved = [critiques[those[k]] for k in np.roll(drawn, 1)]  # round: none stays in its place
-        critiques |= {those[k]: texts for k, texts in zip(drawn, moved)}
+        of_subset = [place for place in critiques if place[0] == subset]
+        drawn = rng.permutation(len(of_subset))[: round(share * len(of_subset))]
+        moved = [
+            critiques[of_subset[k]] for k in np.roll(drawn, 1)
+        ]  # round: none stays in its place
+        critiques |= {of_subset[k]: texts for k, texts in zip(drawn, moved)}
     shuffled = []
     for pair, (chosen, rejected) in zip(pairs, places):
         new = {"chosen_critiques": critiques[chosen], "rejected_critiques": critiques[rejected]}
@@ -748,16 +736,16 @@ def measure_rewardbench2(groups: list[Group], seed: int) -> Figures:
     """
     figures = {}
     for subset in REWARDBENCH2:
-        those = [g for g in groups if g.subset == subset and g.chosen is not None]
+        of_subset = [g for g in groups if g.subset == subset and g.chosen is not None]
         if subset == "Ties":
-            those = [g for g in those if g.id.startswith(("ref:", "tied:"))]
+            of_subset = [g for g in of_subset if g.id.startswith(("ref:", "tied:"))]
         else:
-            those = [g for g in those if g.wins.shape == (1, 3)]
-        if those and subset == "Ties":
-            figures[subset] = score_ties(those, seed)
-        elif those:
-            ids = [g.prompt_id for g in those]
-            figures[subset] = resampled_mean([g.best_of_n for g in those], ids, seed, subset)
+            of_subset = [g for g in of_subset if g.wins.shape == (1, 3)]
+        if of_subset and subset == "Ties":
+            figures[subset] = score_ties(of_subset, seed)
+        elif of_subset:
+            ids = [g.prompt_id for g in of_subset]
+            figures[subset] = resampled_mean([g.best_of_n for g in of_subset], ids, seed, subset)
     if len(figures) == len(REWARDBENCH2):
         figures = {"score": sum(figures.values()) / len(figures), **figures}
     return figures
@@ -817,9 +805,9 @@ def measure_rm_bench(groups: list[Group], seed: int) -> Figures:
         figures[name] = resampled_mean([g.wins[part].mean() for g in groups], ids, seed, "RM-Bench")
     by_domain: dict[str, list[np.ndarray]] = {}
     for subset in sorted({g.subset for g in groups}):
-        those = [g for g in groups if g.subset == subset]
+        of_subset = [g for g in groups if g.subset == subset]
         average = resampled_mean(
-            [g.wins.mean() for g in those], [g.prompt_id for g in those], seed, subset
+            [g.wins.mean() for g in of_subset], [g.prompt_id for g in of_subset], seed, subset
         )
         by_domain.setdefault(subset.partition("-")[0], []).append(average)
     for domain in RM_BENCH_DOMAINS:
@@ -1042,9 +1030,9 @@ def tabulate(
         rows.append(opinions.measure("all", n_by_subset.total(), seed))
         by_subset = []
         for subset, n in sorted(n_by_subset.items()) if len(n_by_subset) > 1 else ():
-            those = opinions.within(subset)
-            if those.scores:
-                by_subset.append(those.measure(subset or "(none)", n, seed))
+            of_subset = opinions.within(subset)
+            if of_subset.scores:
+                by_subset.append(of_subset.measure(subset or "(none)", n, seed))
         accuracy = {row.subset: row.accuracy for row in by_subset}
         rows += by_subset + rewardbench_rows(opinions.scorer, accuracy)
         rows += group_rows(opinions, n_by_group, seed)
@@ -1077,15 +1065,15 @@ def critique_rows(scores: list[PairScore], seed: int) -> list[Row]:
 
 def benchmarks_as_dict(rows: Sequence[Row], styles: list[list[float]]) -> dict[str, dict]:
     """The reward model's figures of benchmarks, and RM-Bench's matrix, for --json."""
-    found: dict[str, dict] = {}
+    benchmarks: dict[str, dict] = {}
     for row in rows:
         benchmark, colon, name = row.subset.partition(": ")
         if row.scorer == "reward model" and colon and row.pairs is None:
             figure = {"value": row.accuracy, "low": row.low, "high": row.high}
-            found.setdefault(benchmark, {})[name] = figure
+            benchmarks.setdefault(benchmark, {})[name] = figure
     if styles:
-        found["RM-Bench"]["matrix"] = styles
-    return found
+        benchmarks["RM-Bench"]["matrix"] = styles
+    return benchmarks
 
 
 def figure_row(scorer: str, name: str, n: int | None, figure: np.ndarray) -> Row:
@@ -1106,8 +1094,14 @@ def rewardbench_rows(scorer: str, accuracy: dict[str, float]) -> list[Row]:
     return rows
 
 
-def to_wide(rows: Sequence[Row]) -> str:
-    """The table that people read: subsets down, scorers across, the first with its interval."""
+Columns = dict[str, list[str]]  # a table: the cells below each heading
+
+
+def to_wide(rows: Sequence[Row]) -> list[Columns | str]:
+    """The table that people read: subsets down, scorers across, the first with its interval.
+
+    After it a list of notes in Markdown, if there are any.
+    """
     scorers = list(dict.fromkeys(row.scorer for row in rows))
     cells = {(row.subset, row.scorer): row for row in rows}
     subsets = list(dict.fromkeys(row.subset for row in rows))
@@ -1124,7 +1118,7 @@ def to_wide(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.subset == "all":
             notes += note_of(row)
-    return "\n".join([layout(columns), *([""] if notes else []), *notes])
+    return [columns, "\n".join(notes)] if notes else [columns]
 
 
 SHORT_NAMES = {  # the table is to fit a screen
@@ -1146,15 +1140,15 @@ def note_of(row: Row) -> list[str]:
     return [f"- {row.scorer}: {', '.join(known)}"] if known else []
 
 
-def show_styles(styles: list[list[float]]) -> str:
+def show_styles(styles: list[list[float]]) -> Columns:
     """RM-Bench's matrix as a table."""
     columns = {"RM-Bench: chosen is": list(RM_BENCH_STYLES)}
     for style, accuracies in zip(RM_BENCH_STYLES, zip(*styles)):
         columns[f"rejected is {style}"] = [f"{accuracy:.3f}" for accuracy in accuracies]
-    return layout(columns)
+    return columns
 
 
-def show_audit(audit: list[dict]) -> str:
+def show_audit(audit: list[dict]) -> Columns:
     """How many critiques move the reward towards the label, by subset."""
     counts = summarize_audit(audit)
     columns = {
@@ -1167,7 +1161,7 @@ def show_audit(audit: list[dict]) -> str:
         columns["n"].append(str(n))
         columns["towards the label"].append(f"{n_towards / n:.3f}")
         columns["more than is usual for the length"].append(f"{n_right / n:.3f}")
-    return layout(columns)
+    return columns
 
 
 def find_most_misleading(audit: list[dict]) -> list[dict]:
@@ -1212,7 +1206,12 @@ def show(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def layout(columns: dict[str, list[str]]) -> str:
+def to_text(blocks: Sequence[Columns | str]) -> str:
+    """Tables and paragraphs as one Markdown text."""
+    return "\n\n".join(b if isinstance(b, str) else layout(b) for b in blocks)
+
+
+def layout(columns: Columns) -> str:
     """Columns of text as a Markdown table, whatever the text."""
     lines = [list(columns), ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join("| " + " | ".join(map(to_cell, line)) + " |" for line in lines)
@@ -1225,112 +1224,424 @@ def to_cell(text: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# Pictures
+
+PICTURES = (".png", ".svg", ".pdf")
+# Colours that colour-blind people tell apart (Okabe & Ito 2008). Black is no critiques, which come
+# first in a curve.
+COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "osD^vPX"
+
+
+def import_figure():
+    """matplotlib's class of figures, which needs no screen; None if it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure
+
+
+def plot_curve(points: Sequence[Point]):
+    """A row for each test: accuracy over training pairs, and how much of it critiques add.
+
+    Returns a figure of matplotlib; without differences it has the first column only.
+    """
+    figure_class = import_figure()
+    if figure_class is None:
+        raise CritiqueRMError("--plot needs matplotlib; run: pip install matplotlib")
+    tests = list(dict.fromkeys(point.test for point in points))
+    kinds = list(dict.fromkeys(point.critiques for point in points))
+    n_columns = 2 if any(point.more_than_none for point in points) else 1
+    size = (1 + 4.8 * n_columns, 1 + 3.4 * len(tests))  # inches
+    figure = figure_class(figsize=size, layout="constrained")
+    rows = figure.subplots(len(tests), n_columns, squeeze=False)
+    legend = {}  # a line by its name
+    for test, axes in zip(tests, rows):
+        of_test = [point for point in points if point.test == test]
+        legend |= draw_accuracy(axes[0], of_test, kinds)
+        if n_columns == 2:
+            draw_difference(axes[1], of_test, kinds)
+    longest = max(map(len, legend))
+    n_across = max(1, 40 * n_columns // (longest + 8))
+    place = "outside lower center"
+    figure.legend(legend.values(), legend, title="critiques", loc=place, ncols=n_across)
+    figure.suptitle(describe_intervals(points), fontsize="medium")
+    return figure
+
+
+def draw_accuracy(axes, points: Sequence[Point], kinds: Sequence[str]) -> dict:
+    """Of one test, by kind of critiques. Returns the lines by name."""
+    estimates = {}
+    for p in points:
+        low, high = (p.accuracy, p.accuracy) if p.low is None else (p.low, p.high)
+        estimates[p.critiques, p.training_pairs] = Estimate(p.accuracy, low, high)
+    chance = axes.axhline(0.5, color="gray", linestyle=":")
+    title = f"{points[0].test}, {points[0].test_pairs} pairs"
+    axes.set(title=fill(title, 45), ylabel="accuracy")
+    return {"chance": chance, **draw_curves(axes, estimates, points, kinds)}
+
+
+def draw_difference(axes, points: Sequence[Point], kinds: Sequence[str]) -> None:
+    """What each kind of critiques adds to the accuracy without, after as many pairs."""
+    estimates = {}
+    for p in points:
+        if p.more_than_none:
+            estimates[p.critiques, p.training_pairs] = p.more_than_none
+    axes.axhline(0, color="gray", linewidth=1)
+    draw_curves(axes, estimates, points, kinds)
+    title = f"{points[0].test}: with critiques minus without"
+    axes.set(title=fill(title, 45), ylabel="difference in accuracy")
+
+
+def describe_intervals(points: Sequence[Point]) -> str:
+    seeds = sorted({point.seeds for point in points})
+    if seeds == [1]:
+        return "One seed; 95 % intervals over prompts"
+    numbers = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return f"Means of {numbers} seeds; 95 % intervals over prompts and seeds"
+
+
+def draw_curves(
+    axes,
+    estimates: dict[tuple[str, int], Estimate],
+    points: Sequence[Point],
+    kinds: Sequence[str],
+) -> dict:
+    """Estimates by kind of critiques and number of training pairs. Returns a line for each kind.
+
+    Kinds lie a little side by side, so that no interval hides another.
+    """
+    sizes = sorted({point.training_pairs for point in points})
+    width = math.log(sizes[-1] / sizes[0])  # of the axis, which is logarithmic
+    step = 0.015 * width or 0.1
+    lines = {}
+    for n, kind in enumerate(kinds):
+        curve = {size: estimates[kind, size] for size in sizes if (kind, size) in estimates}
+        if not curve:
+            continue
+        color = COLORS[n % len(COLORS)]
+        marker = MARKERS[n % len(MARKERS)]
+        shift = math.exp(step * (n - (len(kinds) - 1) / 2))
+        x = [size * shift for size in curve]
+        values = [estimate.value for estimate in curve.values()]
+        lows = [estimate.low for estimate in curve.values()]
+        highs = [estimate.high for estimate in curve.values()]
+        (lines[kind],) = axes.plot(x, values, color=color, marker=marker, markersize=5)
+        axes.vlines(x, lows, highs, color=color, linewidth=1)
+    axes.set(xscale="log", xlabel="training pairs")
+    axes.set_xticks(sizes, label_sizes(sizes))
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    return lines
+
+
+def label_sizes(sizes: Sequence[int]) -> list[str]:
+    """The texts of ticks on a logarithmic axis, empty where one would touch that to its right."""
+    least_ratio = (sizes[-1] / sizes[0]) ** (1 / 9)  # a ninth of the axis has room for six digits
+    labels = []
+    right = math.inf
+    for size in reversed(sizes):
+        has_room = right / size >= least_ratio
+        labels.append(str(size) if has_room else "")
+        right = size if has_room else right
+    return labels[::-1]
+
+
+def plot_scores(scores: list[PairScore]) -> dict[str, str]:
+    """The page's pictures by name, as URLs that hold them; none without matplotlib."""
+    if import_figure() is None:
+        return {}
+    return {
+        "margins by length": to_url(plot_lengths(scores)),
+        "calibration": to_url(plot_calibration(scores)),
+    }
+
+
+def to_url(figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def plot_lengths(scores: list[PairScore]):
+    """Does the longer response get the higher reward? A figure of matplotlib."""
+    margin, longer = margins_and_lengths(scores)
+    figure = import_figure()(figsize=(5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color="gray", linewidth=1)
+    axes.scatter(longer, margin, s=10, color=COLORS[1], alpha=0.6, linewidths=0)
+    axes.set(title="Margins by length", ylabel="margin of rewards")
+    axes.set(xlabel="words of chosen less those of rejected")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_calibration(scores: list[PairScore]):
+    """Is the model right as often as it is confident, and how many pairs say so? A figure."""
+    bins = calibrate(scores)
+    confidence = [b.confidence for b in bins]
+    figure = import_figure()(figsize=(5, 4.4), layout="constrained")
+    above, below = figure.subplots(2, sharex=True, height_ratios=[3, 1])
+    above.plot([0.5, 1], [0.5, 1], color="gray", linewidth=1)
+    # Not joined: a bin of few pairs says little, and a line would give it as much weight.
+    above.vlines(confidence, [b.low for b in bins], [b.high for b in bins], color=COLORS[1])
+    above.plot(confidence, [b.accuracy for b in bins], "o", color=COLORS[1])
+    above.set(title="Calibration, 95 % intervals", ylabel="accuracy", ylim=(-0.03, 1.03))
+    bars = below.bar(
+        [b.start for b in bins], [b.pairs for b in bins], 0.046, align="edge", color=COLORS[6]
+    )
+    below.bar_label(bars, fontsize=8)
+    below.margins(y=0.3)
+    below.set(xlabel="confidence: σ(|margin|)", ylabel="pairs", xlim=(0.49, 1.01))
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
 # A page to look at
 
-PAGE = """<!doctype html>
+# The data takes the place of __DATA__; what it holds becomes text (`textContent`), never HTML.
+PAGE = r"""<!doctype html>
+<html lang="en">
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
 <title>Rewards</title>
 <style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 1rem }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: inherit }}
-table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
-td {{ border-bottom: 1px solid #ddd; padding: .15rem .8rem .15rem 0 }}
-tr:first-child {{ font-weight: bold }}
-article {{ border: 1px solid #ccc; border-radius: 6px; margin: 1rem 0; padding: 1rem }}
-article.wrong {{ border-left: 6px solid #c33 }}
-.two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; margin-top: 1rem }}
-.critique {{ color: #555; border-left: 3px solid #ccc; padding-left: .7rem; margin-top: .7rem }}
-.misleads {{ border-color: #c33 }}
-.shift {{ color: #c33; margin: 0 }}
-h3 {{ font-size: 1em; margin: 0 0 .4rem }}
+:root {
+  color-scheme: light dark;
+  --page: #fff; --text: #1b1b1b; --faint: #666; --line: #d4d4d4; --right: #0072b2; --wrong: #c44e00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #16181b; --text: #e6e6e6; --faint: #a0a0a0; --line: #3b3f45;
+    --right: #56b4e9; --wrong: #f08a4b;
+  }
+  img { filter: invert(.9) hue-rotate(180deg) }  /* white becomes dark, blue stays blue */
+}
+body {
+  font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem;
+  background: var(--page); color: var(--text);
+}
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: inherit }
+a { color: inherit }
+h1 { font-size: 1.5rem; margin: 0 0 .5rem }
+h2, h3 { font-size: 1rem; margin: 0 0 .4rem; overflow-wrap: anywhere }
+h2 span { font-weight: normal; color: var(--faint) }
+h3 { color: var(--faint); font-weight: normal }
+pre + h3 { margin-top: 1rem }
+summary { cursor: pointer; padding: .3rem 0 }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0 }
+th, td { border-bottom: 1px solid var(--line); padding: .15rem .8rem .15rem 0; text-align: left }
+td { font-variant-numeric: tabular-nums }
+img { max-width: 100%; background: #fff }
+input, select { font: inherit; max-width: 100% }
+#controls {
+  display: flex; flex-wrap: wrap; align-items: baseline; gap: .3rem 1rem; padding: .6rem 0;
+  background: var(--page); border-bottom: 1px solid var(--line);
+}
+@media (min-width: 50rem) {
+  #controls { position: sticky; top: 0; z-index: 1 }
+  article { scroll-margin-top: 4rem }
+}
+article {
+  border: 1px solid var(--line); border-left: 5px solid var(--right); border-radius: 5px;
+  margin: 1rem 0; padding: 1rem;
+}
+article.wrong { border-left-color: var(--wrong) }
+article:target { outline: 2px solid var(--text) }
+.bar {
+  display: inline-block; position: relative; width: 8rem; height: .6rem; margin-left: .4rem;
+  background: var(--line);
+}
+.bar::after { content: ""; position: absolute; inset: -.2rem 50%; border-left: 1px solid var(--text) }
+.bar i { display: block; position: relative; height: 100%; background: var(--right) }
+.wrong .bar i { background: var(--wrong) }
+.two {
+  display: grid; gap: 1.5rem; margin-top: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
+}
+.critique, .shift { border-left: 3px solid var(--line); padding-left: .7rem }
+.critique { color: var(--faint); margin-top: .7rem }
+.misleads, .shift { border-color: var(--wrong) }
+.shift { color: var(--wrong); margin: 0 }
 </style>
 <h1>Rewards</h1>
-<section id="tables"></section>
-<p>
+<details><summary>Tables and pictures</summary><section id="tables"></section></details>
+<details id="misleading" hidden><summary>Critiques that mislead most</summary></details>
+<div id="controls">
+<label>search <input id="search" type="search" size="24"></label>
 <label>subset <select id="subset"><option value="">all</option></select></label>
 <label>show <select id="side"><option value="">all</option><option>right</option>
 <option>wrong</option></select></label>
 <label>order <select id="order"><option value="1">lowest margin first</option>
 <option value="-1">highest margin first</option></select></label>
 <output id="count"></output>
-</p>
-<main></main>
-<script type="application/json" id="data">{data}</script>
+</div>
+<main id="pairs"></main>
+<div id="end"></div>
+<script type="application/json" id="data">__DATA__</script>
 <script>
-const {{tables, picture, misleading, pairs}} = JSON.parse(document.getElementById("data").textContent);
+"use strict";
 const get = id => document.getElementById(id);
-function add(parent, tag, text, name) {{
+const {tables, pictures, misleading, pairs} = JSON.parse(get("data").textContent);
+const main = get("pairs");
+const end = get("end");
+
+for (const pair of pairs) {
+  const sides = [pair.chosen, pair.rejected];
+  const texts = sides.flatMap(side => [side.response, ...side.critiques]);
+  pair.margin = pair.chosen.reward - pair.rejected.reward;
+  pair.words = [pair.id, pair.prompt, ...texts].join("\n").toLowerCase();
+}
+const widest = pairs.reduce((most, pair) => Math.max(most, Math.abs(pair.margin)), 0) || 1;
+
+function add(parent, tag, text = "", name = "") {
   const element = parent.appendChild(document.createElement(tag));
   element.textContent = text;  // never innerHTML: what the data holds stays text
-  if (name) element.className = name;
+  element.className = name;
   return element;
-}}
-for (const text of tables) {{
-  if (!text.startsWith("|")) {{ add(get("tables"), "pre", text); continue; }}
-  const table = add(get("tables"), "table", "");
-  for (const line of text.split("\\n").filter(line => !line.startsWith("| --- |"))) {{
-    const row = add(table, "tr", "");
-    for (const cell of line.slice(2, -2).split(" | "))
-      add(row, "td", cell.replaceAll("\\\\|", "|"));
-  }}
-}}
-if (picture) add(get("tables"), "img", "").src = picture;
-function addCritique(parent, critique, shift) {{  // if it misleads: its shift of the reward
-  add(parent, "pre", critique, shift ? "critique misleads" : "critique");
-  const sign = shift > 0 ? "+" : "";
-  if (shift) add(parent, "p", `misleads by ${{sign}}${{shift.toFixed(3)}}`, "shift");
-}}
-if (misleading) {{
-  const details = add(get("tables"), "details", "");
-  add(details, "summary", `Critiques that mislead most: ${{misleading.length}}`);
-  for (const m of misleading) {{
-    const article = add(details, "article", "");
-    add(article, "h3", `${{m.id}} ${{m.subset}}: ${{m.side}}`);
-    add(article, "pre", m.prompt);
+}
+
+function signed(number) {
+  return (number > 0 ? "+" : "") + number.toFixed(3);
+}
+
+// Above the pairs: tables, as columns of a heading and cells, paragraphs, pictures.
+
+function addTable(parent, columns) {
+  const table = add(parent, "table");
+  const head = add(table, "tr");
+  for (const [heading] of columns) add(head, "th", heading);
+  const [, firstCells] = columns[0];
+  for (const n of firstCells.keys()) {
+    const row = add(table, "tr");
+    for (const [, cells] of columns) add(row, "td", cells[n]);
+  }
+}
+
+for (const block of tables) {
+  if (typeof block === "string") add(get("tables"), "pre", block);
+  else addTable(get("tables"), block);
+}
+for (const [name, url] of Object.entries(pictures)) {
+  const image = add(get("tables"), "img");
+  image.alt = name;
+  image.src = url;
+}
+if (misleading) {  // there was an audit
+  get("misleading").hidden = false;
+  for (const row of misleading) {
+    const article = add(get("misleading"), "article", "", "wrong");
+    addLink(add(article, "h2"), row.id, `${row.subset} · ${row.side}`);
+    add(article, "pre", row.prompt);
     add(article, "h3", "response");
-    add(article, "pre", m.response);
-    addCritique(article, m.critique, m.shift - m.usual_shift);
-  }}
-}}
-for (const subset of [...new Set(pairs.map(p => p.subset))].sort())
-  if (subset) add(get("subset"), "option", subset);
-function show() {{
-  const [subset, side, order] = ["subset", "side", "order"].map(id => get(id).value);
-  const margin = p => p.chosen.reward - p.rejected.reward;
-  const shown = pairs
-    .filter(p => !subset || p.subset === subset)
-    .filter(p => !side || (margin(p) > 0) === (side === "right"))
-    .sort((a, b) => order * (margin(a) - margin(b)));
-  const main = document.querySelector("main");
+    add(article, "pre", row.response);
+    addCritique(article, row.critique, row.shift - row.usual_shift);
+  }
+}
+
+// One pair.
+
+function addLink(heading, id, text) {
+  add(heading, "a", id).href = "#" + encodeURIComponent(id);
+  add(heading, "span", " " + text);
+}
+
+function addBar(heading, margin) {  // to the right of its middle if positive, else to the left
+  const bar = add(add(heading, "span", "", "bar"), "i");
+  const percent = 50 * Math.abs(margin) / widest;
+  bar.style.width = `${percent}%`;
+  bar.style.left = `${margin > 0 ? 50 : 50 - percent}%`;
+}
+
+function addCritique(parent, critique, shift) {  // if it misleads: by how much
+  add(parent, "pre", critique, shift ? "critique misleads" : "critique");
+  if (shift) add(parent, "p", `misleads by ${signed(shift)}`, "shift");
+}
+
+function addPair(pair) {
+  const article = add(main, "article", "", pair.margin > 0 ? "right" : "wrong");
+  article.id = pair.id;
+  const heading = add(article, "h2");
+  addLink(heading, pair.id, `${pair.subset} · margin ${signed(pair.margin)}`);
+  addBar(heading, pair.margin);
+  add(article, "pre", pair.prompt);
+  const two = add(article, "div", "", "two");
+  for (const name of ["chosen", "rejected"]) {
+    const side = pair[name];
+    const shifts = side.misleads || [];  // without an audit there are none
+    const column = add(two, "div");
+    add(column, "h3", `${name}, reward ${side.reward.toFixed(3)}`);
+    add(column, "pre", side.response);
+    side.critiques.forEach((critique, n) => addCritique(column, critique, shifts[n]));
+  }
+}
+
+// The pairs that the controls select: a portion at once, the next when the end comes near.
+
+let waiting = [];
+const observer = new IntersectionObserver(
+  ([{isIntersecting}]) => { if (isIntersecting) addPortion(); },
+  {rootMargin: "1500px"},
+);
+
+function addPortion() {
+  waiting.splice(0, 50).forEach(addPair);
+  observer.unobserve(end);
+  observer.observe(end);  // calls again if the end is still near
+}
+
+function show() {
+  const [words, subset, side, order] =
+    ["search", "subset", "side", "order"].map(id => get(id).value);
+  const selected = pairs
+    .filter(pair => pair.words.includes(words.toLowerCase()))
+    .filter(pair => !subset || pair.subset === subset)
+    .filter(pair => !side || (pair.margin > 0) === (side === "right"))
+    .sort((a, b) => order * (a.margin - b.margin));
+  const nRight = selected.filter(pair => pair.margin > 0).length;
+  get("count").textContent = `${selected.length} of ${pairs.length} pairs, ${nRight} right`;
+  const linked = pairs.filter(pair => pair.id === linkedId());  // it comes first, filtered or not
+  waiting = [...linked, ...selected.filter(pair => !linked.includes(pair))];
   main.replaceChildren();
-  get("count").textContent = `${{shown.length}} of ${{pairs.length}} pairs`;
-  for (const p of shown) {{
-    const article = add(main, "article", "", margin(p) > 0 ? "right" : "wrong");
-    add(article, "h3", `${{p.id}} ${{p.subset}}: margin ${{margin(p).toFixed(3)}}`);
-    add(article, "pre", p.prompt);
-    const two = add(article, "div", "", "two");
-    for (const name of ["chosen", "rejected"]) {{
-      const column = add(two, "div", "");
-      add(column, "h3", `${{name}}, reward ${{p[name].reward.toFixed(3)}}`);
-      add(column, "pre", p[name].response);
-      const shifts = p[name].misleads || [];  // without --audit there are none
-      p[name].critiques.forEach((critique, n) => addCritique(column, critique, shifts[n]));
-    }}
-  }}
-}}
-for (const id of ["subset", "side", "order"]) get(id).addEventListener("change", show);
-show();
+  addPortion();
+}
+
+// A link to one pair: page.html#id.
+
+function linkedId() {
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {  // a stray %
+    return "";
+  }
+}
+
+function follow() {
+  const isThere = [...main.children].some(article => article.id === linkedId());
+  if (!isThere) show();
+  if (linkedId()) location.replace(location.hash);  // now the browser can scroll to it
+}
+
+const subsets = new Set(pairs.map(pair => pair.subset));
+for (const subset of [...subsets].sort())
+  if (subset) add(get("subset"), "option", subset);
+for (const id of ["search", "subset", "side", "order"]) get(id).addEventListener("input", show);
+addEventListener("hashchange", follow);
+follow();
 </script>
 """
 
 
 def to_html(
-    tables: list[str],
+    blocks: list[Columns | str],
     pairs: list[Pair],
     scores: list[PairScore],
-    picture: str = "",
+    pictures: dict[str, str],
     audit: list[dict] | None = None,
 ) -> str:
     """One file that needs nothing else; the data stands in it as JSON that cannot end a script.
@@ -1348,13 +1659,14 @@ def to_html(
                 "critiques": answer.critiques,
             }
         rows.append(row)
-    data = {"tables": tables, "picture": picture, "pairs": rows}
+    tables = [block if isinstance(block, str) else list(block.items()) for block in blocks]
+    data = {"tables": tables, "pictures": pictures, "pairs": rows}
     if audit is not None:
         mark_misleading(rows, pairs, audit)
         prompts = {row["id"]: row["prompt"] for row in rows}
         most = find_most_misleading(audit)
         data["misleading"] = [row | {"prompt": prompts[row["id"]]} for row in most]
-    return PAGE.format(data=json.dumps(data).replace("<", "\\u003c"))
+    return PAGE.replace("__DATA__", json.dumps(data).replace("<", "\\u003c"))
 
 
 def mark_misleading(rows: list[dict], pairs: list[Pair], audit: list[dict]) -> None:
@@ -1363,11 +1675,11 @@ def mark_misleading(rows: list[dict], pairs: list[Pair], audit: list[dict]) -> N
     By text and not by id: the audit has a critique once where its response stands in several pairs.
     """
     shifts = {}
-    for found in audit:
-        if found["misleads"]:
-            asked = (found.get("tools"), found["prompt"])
-            key = rm.digest(*asked, found["side"], found["response"], found["critique"])
-            shifts[key] = unusual_shift(found)
+    for judged in audit:
+        if judged["misleads"]:
+            asked = (judged.get("tools"), judged["prompt"])
+            key = rm.digest(*asked, judged["side"], judged["response"], judged["critique"])
+            shifts[key] = unusual_shift(judged)
     for row, pair in zip(rows, pairs):
         written = rm.write_prompt(pair.prompt)
         asked = (written.get("tools"), written["prompt"])
@@ -1411,27 +1723,26 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
     rows = tabulate(scores, pairs, args.judge, args.seed, probed)
     robustness = measure_robustness(scores)
     values = [f"{value:.4f}" for value in robustness.values()]
-    tables = [to_wide(rows)]
+    blocks = to_wide(rows)
     styles = measure_styles(scores, pairs)
     if styles:
-        tables.append(show_styles(styles))
+        blocks.append(show_styles(styles))
     if args.probe:
         lines = [f"- {probe}: {PROBES[probe]}" for probe in dict.fromkeys(args.probe)]
-        tables.append("\n".join([*lines, "", READS_CRITIQUES]))
-    tables.append(layout({"reward model": list(robustness), "value": values}))
+        blocks += ["\n".join(lines), READS_CRITIQUES]
+    blocks.append({"reward model": list(robustness), "value": values})
     if audit is not None:
-        tables.append(show_audit(audit))
+        blocks.append(show_audit(audit))
     if args.html:
-        blocks = "\n\n".join(tables).split("\n\n")
-        page = to_html(blocks, scored, scores, plot_margins(scores), audit)
+        page = to_html(blocks, scored, scores, plot_scores(scores), audit)
         rm.replace_file(Path(args.html), page)
     if args.json:
         table = description | {"rows": [asdict(row) for row in rows], "robustness": robustness}
         table["benchmarks"] = benchmarks_as_dict(rows, styles)
         write_json(args.json, table)
     if audit is not None:  # the page shows them whole
-        tables.append(show_most_misleading(audit))
-    print("\n\n".join(tables))
+        blocks.append(show_most_misleading(audit))
+    print(to_text(blocks))
     return 0
 
 
@@ -1478,7 +1789,7 @@ def print_curves(args: argparse.Namespace) -> int:
     tests = read_curve(args.curve).items()
     points = [point for test, runs in tests for point in measure_curve(test, runs, args.seed)]
     if args.plot:
-        plot_curve(points, args.plot)
+        plot_curve(points).savefig(args.plot, dpi=150)
     if args.json:
         write_json(args.json, {"runs": args.curve, "rows": [asdict(point) for point in points]})
     print(to_markdown(points))

@@ -88,7 +88,7 @@ def test_the_matrix_of_styles_by_hand():
     assert found["hard"] == pytest.approx((1.0 + 0.0 + 0.5) / 3)  # 0-1, 0-2, 1-2
     assert found["normal"] == pytest.approx((1.0 + 0.5 + 0.0) / 3)
     assert found["easy"] == pytest.approx((1.0 + 1.0 + 0.0) / 3)  # 1-0, 2-0, 2-1
-    assert evaluate.show_styles(matrix).splitlines()[2:] == [
+    assert evaluate.layout(evaluate.show_styles(matrix)).splitlines()[2:] == [
         "| concise | 1.000 | 1.000 | 0.000 |",
         "| detailed | 1.000 | 0.500 | 0.500 |",
         "| markdown | 1.000 | 0.000 | 0.000 |",

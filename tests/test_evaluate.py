@@ -1,6 +1,7 @@
 """evaluate.py: the statistics against values by hand, the command as its users run it."""
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -151,8 +152,8 @@ def test_subsets_have_rows_and_names_cannot_break_the_table():
 
 @pytest.mark.parametrize("name", ["a\nb", "a\r\n| x |", "\t", "a\x1b[31m", "\u2028"])
 def test_whatever_a_subset_is_called_a_row_is_a_line_of_equal_columns(name):
-    table = evaluate.to_wide(evaluate.tabulate([score(0, 1.0, name), score(1, -1.0, "c")]))
-    lines = table.splitlines()
+    blocks = evaluate.to_wide(evaluate.tabulate([score(0, 1.0, name), score(1, -1.0, "c")]))
+    lines = evaluate.to_text(blocks).splitlines()
     assert len(lines) == 2 + 3
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7}
     assert all(line.isprintable() for line in lines)
@@ -308,7 +309,7 @@ def test_equal_pairs_by_hand():
     assert str(worth) == "more than 12.5 (less than 0.1 to 3)"
 
 
-def test_a_curve_by_hand(capsys, tmp_path):
+def test_a_curve_by_hand(capsys):
     """Plain: 0.5 and 0.75 of 40 pairs after 10 and 1,000; with critiques 0.625 after 10 already."""
 
     def right(n_right: int) -> list[PairScore]:
@@ -333,9 +334,6 @@ def test_a_curve_by_hand(capsys, tmp_path):
     assert [p.more_than_none for p in points[:2]] == [None, None]
     assert [p.more_than_none.value for p in points[2:]] == pytest.approx([0.125, 0.225])
     assert "| t | weak | 10 | 2 | 40 | 0.6250 |" in evaluate.to_markdown(points)
-    if evaluate.load_pyplot():
-        evaluate.plot_curve(points, str(tmp_path / "curve.png"))
-        assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_difference_of_two_curves_is_paired():
@@ -356,14 +354,12 @@ def test_the_interval_of_a_curve_holds_the_luck_of_seeds():
     assert (point.accuracy, point.low, point.high) == (0.25, 0.0, pytest.approx(2 / 3))
 
 
-def test_a_point_of_a_curve_with_all_right_has_the_exact_interval(tmp_path):
+def test_a_point_of_a_curve_with_all_right_has_the_exact_interval():
     points = evaluate.measure_curve("t", {("none", 9): {0: [score(n, 1.0) for n in range(12)]}}, 0)
     assert (points[0].low, points[0].high) == (pytest.approx(0.7354, abs=1e-4), 1.0)
     one_prompt = {("none", 9): {0: [score(n, n - 0.5, prompt="p") for n in range(2)]}}
     points += evaluate.measure_curve("t", one_prompt, 0)
     assert (points[1].accuracy, points[1].low, points[1].high) == (0.5, None, None)
-    if evaluate.load_pyplot():
-        evaluate.plot_curve(points, str(tmp_path / "curve.png"))
 
 
 def test_a_curve_reads_what_train_leaves(finished, capsys, tmp_path):
@@ -390,38 +386,82 @@ def test_a_curve_reads_what_train_leaves(finished, capsys, tmp_path):
 
 
 def test_the_page_holds_the_data_as_text_that_cannot_end_its_script():
-    evil = "</script><img src=x onerror=alert(1)>\u2028{data}"
+    evil = "</script><img src=x onerror=alert(1)>\u2028{data}__DATA__"
     pair = Pair(evil, (Message("user", evil),), evil, "b", (evil,), (), evil)
-    page = evaluate.to_html(["| a |"], [pair], [replace(score(0, 1.5), subset=evil)])
+    scores = [replace(score(0, 1.5), subset=evil)]
+    page = evaluate.to_html([{evil: [evil]}, evil], [pair], scores, {})
     assert page.count("</script>") == 2 and "<img" not in page
     data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
     (row,) = json.loads(data)["pairs"]
     assert row["chosen"] == {"reward": 1.5, "response": evil, "critiques": [evil]}
     assert (row["id"], row["prompt"]) == (evil, "user: " + evil)
-    assert not re.search(r"https?:|src=|@import", page.replace(data, ""))
+    assert json.loads(data)["tables"] == [[[evil, [evil]]], evil]
+    assert not re.search(r"https?:|src=|@import|innerHTML *=", page.replace(data, ""))
+    policy = re.search(r'Content-Security-Policy" content="(.*?)"', page, re.DOTALL)[1]
+    assert [part.strip() for part in policy.split(";")] == [
+        *("default-src 'none'", "style-src 'unsafe-inline'", "script-src 'unsafe-inline'"),
+        "img-src data:",
+    ]
 
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 NODE = """
 const made = [];
 function element(tag) {
-  const node = {tag, textContent: "", className: "", value: "", children: []};
+  const node = {tag, textContent: "", className: "", value: "", style: {}, children: [], heard: {}};
   node.appendChild = child => { node.children.push(child); return child; };
   node.replaceChildren = () => { node.children = []; };
-  node.addEventListener = () => {};
+  node.addEventListener = (event, listener) => { node.heard[event] = listener; };
   return node;
 }
 const known = {};
 const document = {
   createElement: tag => { const node = element(tag); made.push(node); return node; },
   getElementById: id => known[id] ||= element(id),
-  querySelector: () => element("main"),
 };
+const location = {hash: HASH, replace: url => { location.hash = url; }};
+const heard = {};
+const addEventListener = (event, listener) => { heard[event] = listener; };
+let observed = 0;  // how often, as each time it is said anew whether the end is near
+class IntersectionObserver {
+  constructor(listener) { heard.scroll = near => listener([{isIntersecting: near}]); }
+  observe() { observed += 1; }
+  unobserve() {}
+}
 document.getElementById("order").value = "1";
 document.getElementById("data").textContent = DATA;
 SCRIPT
-console.log(JSON.stringify(made.map(node => [node.tag, node.className, node.textContent])));
+const shown = [];
+const look = () => shown.push([get("count").textContent, main.children.map(card => card.id)]);
+const enter = (id, value) => { get(id).value = value; get(id).heard.input(); look(); };
+look();
+STEPS
+const nodes = made.map(node => [node.tag, node.className, node.textContent]);
+const styles = made.filter(node => node.style.width).map(node => node.style);
+const links = made.filter(node => node.href).map(node => node.href);
+console.log(JSON.stringify({nodes, shown, styles, links, observed}));
 """
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script in node")
+
+
+def run_page(page: str, folder: Path, steps: str = "", address: str = "") -> dict:
+    """What the script of a page has made, and after each look the count and the ids it shows."""
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
+    script = page.rpartition("<script>")[2].partition("</script>")[0]
+    program = NODE.replace("SCRIPT", script).replace("STEPS", steps)
+    program = program.replace("HASH", json.dumps(address)).replace("DATA", json.dumps(data))
+    (path := folder / "page.js").write_text(program)
+    result = subprocess.run(["node", path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def plain_page(margins: dict[str, float], **changes) -> str:
+    """Pairs by id with these margins; `changes` are of the first."""
+    pairs = [Pair(id, (Message("user", "Q"),), "c", "r", ("good",), ("bad",), "s") for id in margins]
+    pairs[0] = replace(pairs[0], **changes)
+    scores = [replace(score(0, margin), id=id) for id, margin in margins.items()]
+    return evaluate.to_html([], pairs, scores, {})
 
 
 def audited_page(with_audit: bool = True) -> str:
@@ -434,7 +474,7 @@ def audited_page(with_audit: bool = True) -> str:
         scores.append(replace(score(n, 1.0), id=pair.id, **rewards))
         plain.append(PairScore(pair.id, "p", "", 1.0, 0.5, 1, 1, None, None))
     audit = evaluate.audit_critiques(pairs, scores, plain) if with_audit else None
-    return evaluate.to_html(["| a |"], pairs, scores, audit=audit)
+    return evaluate.to_html([], pairs, scores, {}, audit)
 
 
 def test_an_audit_of_prompts_with_tools_is_read_back(tmp_path):
@@ -472,20 +512,14 @@ def test_the_page_marks_the_critiques_that_mislead_and_by_how_much():
 
 def test_the_page_without_an_audit_holds_none():
     data = page_data(audited_page(with_audit=False))
-    assert list(data) == ["tables", "picture", "pairs"]
+    assert list(data) == ["tables", "pictures", "pairs"]
     assert list(data["pairs"][0]["chosen"]) == ["reward", "response", "critiques"]
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script in node")
+@needs_node
 @pytest.mark.parametrize("with_audit", [True, False])
 def test_the_script_of_the_page_shows_the_marks_as_text(with_audit, tmp_path):
-    page = audited_page(with_audit)
-    script = page.rpartition("<script>")[2].partition("</script>")[0]
-    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
-    program = NODE.replace("SCRIPT", script).replace("DATA", json.dumps(data))
-    (path := tmp_path / "page.js").write_text(program)
-    result = subprocess.run(["node", path], capture_output=True, text=True, check=True)
-    made = json.loads(result.stdout)
+    made = run_page(audited_page(with_audit), tmp_path)["nodes"]
     shifts = [text for _, name, text in made if name == "shift"]
     down, up = "misleads by -0.688", "misleads by +1.063"
     assert shifts == ([up, down, down, down, up] if with_audit else [])
@@ -496,19 +530,234 @@ def test_the_script_of_the_page_shows_the_marks_as_text(with_audit, tmp_path):
         *(["critique", "good"], [marked, EVIL], ["critique", "bada"]),
         *(["critique", "good"], [marked, EVIL], [marked, "badb"]),
     ]
-    summaries = [text for tag, _, text in made if tag == "summary"]
-    assert summaries == (["Critiques that mislead most: 2"] if with_audit else [])
 
 
-def test_the_page_shows_margins_where_matplotlib_is(monkeypatch):
+@needs_node
+def test_tables_come_to_the_page_as_columns_and_text(tmp_path):
+    """A cell may hold what Markdown would take for the end of it."""
+    blocks = [{"": ["a | b", "c"], "n": ["1", "2"]}, "- a note"]
+    pair = Pair("a", (Message("user", "Q"),), "c", "r", (), ())
+    page = evaluate.to_html(blocks, [pair], [replace(score(0, 1.0), id="a")], {"margins": "data:,"})
+    nodes = run_page(page, tmp_path)["nodes"]
+    tags = [(tag, text) for tag, _, text in nodes[: nodes.index(["article", "right", ""])]]
+    assert tags == [
+        *(("table", ""), ("tr", ""), ("th", ""), ("th", "n")),
+        *(("tr", ""), ("td", "a | b"), ("td", "1"), ("tr", ""), ("td", "c"), ("td", "2")),
+        *(("pre", "- a note"), ("img", "")),
+    ]
+
+
+@needs_node
+def test_the_search_reads_ids_prompts_responses_and_critiques(tmp_path):
+    page = plain_page({"a": 1.0, "b": -2.0, "c": 3.0}, rejected="An ÄPFEL pie", subset="t")
+    for changes in ({"id": "xÄpfel"}, {"prompt": (Message("user", "äpfel"),)}, {"rejected_critiques": ("x", "äpfel")}):
+        assert "pfel" in plain_page({"a": 1.0}, **changes)
+        (_, after) = run_page(plain_page({"a": 1.0, "b": 2.0}, **changes), tmp_path, 'enter("search", "ÄPFEL")')["shown"]
+        assert after == ["1 of 2 pairs, 1 right", [changes.get("id", "a")]]
+    steps = """
+    enter("search", "äpfel");
+    enter("search", "nowhere");
+    enter("search", "");
+    enter("order", "-1");
+    enter("side", "right");
+    enter("subset", "t");
+    enter("side", "wrong");
+    """
+    assert run_page(page, tmp_path, steps)["shown"] == [
+        ["3 of 3 pairs, 2 right", ["b", "a", "c"]],
+        ["1 of 3 pairs, 1 right", ["a"]],
+        ["0 of 3 pairs, 0 right", []],
+        ["3 of 3 pairs, 2 right", ["b", "a", "c"]],
+        ["3 of 3 pairs, 2 right", ["c", "a", "b"]],
+        ["2 of 3 pairs, 2 right", ["c", "a"]],
+        ["1 of 3 pairs, 1 right", ["a"]],
+        ["0 of 3 pairs, 0 right", []],
+    ]
+
+
+@needs_node
+def test_a_link_shows_its_pair_first_whatever_the_filters(tmp_path):
+    page = plain_page({"7/1 ü&?": 5.0, "b": -2.0, "c": 3.0})
+    found = run_page(page, tmp_path, 'enter("side", "wrong"); enter("search", "nowhere");', "#7%2F1%20%C3%BC%26%3F")
+    assert found["shown"] == [
+        ["3 of 3 pairs, 2 right", ["7/1 ü&?", "b", "c"]],
+        ["1 of 3 pairs, 0 right", ["7/1 ü&?", "b"]],
+        ["0 of 3 pairs, 0 right", ["7/1 ü&?"]],
+    ]
+    assert found["links"][:3] == ["#7%2F1%20%C3%BC%26%3F", "#b", "#c"]
+    steps = """
+    enter("side", "wrong");
+    const go = address => { location.hash = address; heard.hashchange(); look(); };
+    go("#b");  // it is there: the page stays as it is
+    go("#c");
+    go("#%");
+    """
+    assert [ids for _, ids in run_page(page, tmp_path, steps, "#nobody")["shown"]] == [
+        ["b", "c", "7/1 ü&?"],
+        *(["b"], ["b"], ["c", "b"], ["b"]),
+    ]
+
+
+@needs_node
+def test_the_page_adds_pairs_as_one_scrolls(tmp_path):
+    page = plain_page({str(n): float(n) for n in range(120)})
+    steps = """
+    heard.scroll(false); look();
+    heard.scroll(true); look();
+    heard.scroll(true); look();
+    heard.scroll(true); look();
+    enter("search", "1");
+    """
+    found = run_page(page, tmp_path, steps)
+    every = [str(n) for n in range(120)]
+    ids = [ids for _, ids in found["shown"]]
+    assert ids[:5] == [every[:50], every[:50], every[:100], every, every]
+    assert ids[5] == [n for n in every if "1" in n][:50]
+    assert found["observed"] == 5  # at the start, after each of three portions, after the search
+
+
+@needs_node
+def test_bars_are_as_long_as_margins(tmp_path):
+    styles = run_page(plain_page({"a": -1.0, "b": 0.0, "c": 4.0}), tmp_path)["styles"]
+    assert styles == [
+        {"width": "12.5%", "left": "37.5%"},
+        {"width": "0%", "left": "50%"},
+        {"width": "50%", "left": "50%"},
+    ]
+
+
+def test_a_wilson_interval_by_hand():
+    """One of one: 1 / (1 + 1.96²) to 1; seven of ten as in the textbooks."""
+    assert evaluate.wilson_interval(1.0, 1) == pytest.approx((1 / (1 + 1.96**2), 1.0))
+    assert evaluate.wilson_interval(0.0, 1) == pytest.approx((0.0, 1.96**2 / (1 + 1.96**2)))
+    assert evaluate.wilson_interval(0.7, 10) == pytest.approx((0.3968, 0.8922), abs=1e-4)
+
+
+def test_calibration_bins_by_hand():
+    """σ(1) = 0.731 is in the fifth tenth from 0.5 to 1, σ(40) in the last; pairs of one prompt are
+    one to the interval."""
+    margins = {"p": [1.0, -1.0, 1.0], "q": [1.0], "r": [40.0]}
+    scores = [score(n, m, prompt=p) for p in margins for n, m in enumerate(margins[p])]
+    fifth, last = evaluate.calibrate(scores)
+    assert (fifth.start, fifth.pairs, fifth.accuracy) == (pytest.approx(0.7), 4, 0.75)
+    assert fifth.confidence == pytest.approx(1 / (1 + np.exp(-1)))
+    assert (fifth.low, fifth.high) == evaluate.wilson_interval(0.75, 2)
+    assert (last.start, last.pairs, last.confidence) == (pytest.approx(0.95), 1, 1.0)
+    assert (last.low, last.high) == pytest.approx((1 / (1 + 1.96**2), 1.0))
+
+
+def intervals(axes) -> list[list[float]]:
+    """Lower and upper ends of the vertical lines of a picture."""
+    lines = [line for drawn in axes.collections for line in drawn.get_segments()]
+    return [line[:, 1].tolist() for line in lines]
+
+
+def test_the_picture_of_calibration_says_how_many_pairs_are_in_a_bin():
+    pytest.importorskip("matplotlib")
+    scores = [score(n, margin) for n, margin in enumerate([1.0, -1.0, 40.0])]
+    above, below = evaluate.plot_calibration(scores).axes
+    diagonal, points = above.lines
+    assert points.get_linestyle() == "None" and points.get_ydata().tolist() == [0.5, 1.0]
+    assert intervals(above) == [[b.low, b.high] for b in evaluate.calibrate(scores)]
+    assert [text.get_text() for text in below.texts] == ["2", "1"]
+    assert [bar.get_x() for bar in below.patches] == pytest.approx([0.7, 0.95])
+    labels = [above.get_ylabel(), below.get_ylabel(), below.get_xlabel()]
+    assert labels == ["accuracy", "pairs", "confidence: σ(|margin|)"]
+
+
+def test_the_page_shows_pictures_where_matplotlib_is(monkeypatch):
     scores = [score(n, margin, words=(n, 2)) for n, margin in enumerate([2.0, -1.0, 0.5])]
-    if evaluate.load_pyplot():
-        picture = base64.b64decode(evaluate.plot_margins(scores).partition(",")[2])
-        assert picture.startswith(b"\x89PNG")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert evaluate.plot_margins(scores) == ""
+    if evaluate.import_figure():
+        pictures = evaluate.plot_scores(scores)
+        assert list(pictures) == ["margins by length", "calibration"]
+        for url in pictures.values():
+            assert base64.b64decode(url.partition("data:image/png;base64,")[2])[:4] == b"\x89PNG"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert evaluate.plot_scores(scores) == {}
     with pytest.raises(CritiqueRMError, match="pip install matplotlib"):
-        evaluate.plot_curve([], "curve.png")
+        evaluate.plot_curve([])
+
+
+def curve_points(test: str = "t") -> list[evaluate.Point]:
+    """Three sizes without critiques and with two kinds of them, of the second the last size only."""
+    points = []
+    for n, size in enumerate([256, 512, 603]):
+        points.append(evaluate.Point(test, "none", size, 5, 40, 0.5 + n / 10, 0.4, 0.9))
+    for n, size in enumerate([256, 512, 603]):
+        more = evaluate.Estimate(0.1 + n / 10, 0.05, 0.5)
+        points.append(evaluate.Point(test, "of the data", size, 5, 40, 0.6 + n / 5, 0.5, 1.0, more))
+    more = evaluate.Estimate(-0.2, -0.3, -0.1)
+    points.append(evaluate.Point(test, "_weak.jsonl", 603, 3, 40, 0.5, None, None, more))
+    return points
+
+
+def test_the_picture_of_a_curve_holds_accuracy_and_difference():
+    pytest.importorskip("matplotlib")
+    figure = evaluate.plot_curve(curve_points())
+    left, right = figure.axes
+    assert (left.get_title(), right.get_title()) == ("t, 40 pairs", "t: with critiques minus without")
+    assert (left.get_ylabel(), right.get_ylabel()) == ("accuracy", "difference in accuracy")
+    assert left.get_xlabel() == right.get_xlabel() == "training pairs"
+    _, *curves = left.lines
+    assert [line.get_ydata().tolist() for line in curves] == [
+        *([0.5, 0.6, 0.7], pytest.approx([0.6, 0.8, 1.0]), [0.5]),
+    ]
+    assert intervals(left) == [[0.4, 0.9]] * 3 + [[0.5, 1.0]] * 3 + [[0.5, 0.5]]
+    zero, *differences = right.lines
+    assert list(zero.get_ydata()) == [0, 0]
+    assert [line.get_ydata().tolist() for line in differences] == [pytest.approx([0.1, 0.2, 0.3]), [-0.2]]
+    assert intervals(right) == [[0.05, 0.5]] * 3 + [[-0.3, -0.1]]
+    assert [line.get_color() for line in curves[1:]] == [line.get_color() for line in differences]
+    assert len({line.get_color() for line in curves} & set(evaluate.COLORS)) == 3
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["chance", "none", "of the data", "_weak.jsonl"]
+    assert figure.get_suptitle() == "Means of 3 to 5 seeds; 95 % intervals over prompts and seeds"
+
+
+def test_a_curve_without_critiques_has_no_difference_to_draw():
+    pytest.importorskip("matplotlib")
+    points = [replace(point, seeds=1) for point in curve_points()[:3]]
+    figure = evaluate.plot_curve(points)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy"]
+    assert figure.get_suptitle() == "One seed; 95 % intervals over prompts"
+
+
+def test_nothing_overlaps_in_the_picture_of_a_curve(tmp_path):
+    """Neither ticks nor titles nor legend, with sizes close together, two tests and long names."""
+    pytest.importorskip("matplotlib")
+    points = curve_points() + curve_points("a-test-file-of-which-the-name-is-as-long-as-names-of-files-get-to-be")
+    sizes = [100_000, 200_000, 400_000, 800_000, 1_600_000]
+    for n, size in enumerate(sizes):
+        name = f"critiques-of-a-critic-with-a-long-name-{n}.jsonl"
+        points.append(replace(points[3], critiques=name, training_pairs=size))
+    figure = evaluate.plot_curve(points)
+    figure.savefig(path := tmp_path / "curve.svg")
+    assert path.read_text().startswith("<?xml") and path.stat().st_size < 200_000
+    figure.draw_without_rendering()
+    boxes = {"legend": figure.legends[0].get_window_extent()}
+    for n, axes in enumerate(figure.axes):
+        texts = [axes.title, axes.xaxis.label, axes.yaxis.label]
+        for text in [*texts, *axes.get_xticklabels(), *axes.get_yticklabels()]:
+            if text.get_text():
+                boxes[n, text.get_text()] = text.get_window_extent()
+    outside = [name for name, box in boxes.items() if box.x0 < 0 or box.x1 > figure.bbox.x1]
+    assert outside == []
+    pairs = itertools.combinations(boxes, 2)
+    assert [(a, b) for a, b in pairs if boxes[a].overlaps(boxes[b])] == []
+
+
+def test_sizes_too_close_to_the_next_have_no_label():
+    labels = evaluate.label_sizes([32, 64, 128, 256, 512, 603])
+    assert labels == ["32", "64", "128", "256", "", "603"]
+    assert evaluate.label_sizes([7]) == ["7"]
+
+
+def test_a_picture_of_an_unknown_kind_is_refused_at_once(capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.parse_arguments(["--curve", "RUN", "--plot", "curve.doc"])
+    assert ended.value.code == 2
+    assert "--plot curve.doc: the name must end in .png, .svg, .pdf" in capsys.readouterr().err
 
 
 def test_probes_of_a_run_stand_beside_its_accuracy(finished, test_file, mesh, capsys, tmp_path):
