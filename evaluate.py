@@ -12,15 +12,30 @@ and a `score` head with one label. Pairs are read by `read_pairs` (critique_rm.p
 single records {prompt, response, critique?, id?}. A probe scores the same pairs with their
 critiques changed, to see whether the model reads them; --audit says how each critique moves the
 reward; lists of responses, and rows of RewardBench, RewardBench 2, RM-Bench and JudgeBench, add
-their own figures to the table; --compare says whether one model beats
-another on the pairs that both have scored; --curve reads runs of train.py on different numbers of
-pairs (--max-pairs), with different critiques or none (--critiques, --no-critiques), of several
-seeds, and says how many plain pairs one pair with critiques is worth.
+their own figures to the table; --compare says whether one model beats another on the pairs that
+both have scored; --curve reads runs of train.py on different numbers of pairs (--max-pairs), with
+different critiques or none (--critiques, --no-critiques), of several seeds, and says how many plain
+pairs one pair with critiques is worth.
 
 Accuracy counts a tie as wrong, as RewardBench does (Lambert et al., arXiv 2403.13787). Intervals
 are percentiles of a bootstrap over prompts, since pairs over one prompt are not independent (of a
 curve over prompts and seeds); p values are those of flipping the sign of the difference of each
 prompt at random.
+
+Sections, one with its step in README.md's journey of a pair:
+    Arguments
+    What scorers say
+    Intervals and tests
+    Probes
+    Benchmarks
+    What critiques do
+    Length and calibration
+    Comparison
+    Curves
+    8. Tables
+    Pictures
+    A page to look at
+    The commands
 """
 
 import argparse
@@ -47,46 +62,6 @@ from critique_rm import (
     nonnegative_int,
     positive_int,
 )
-
-N_RESAMPLES = 2000
-N_DRAWS = 200  # of critiques of a response
-N_MISLEADING = 10  # critiques that are shown
-N_ALIKE = 50  # critiques of responses about as long, to compare one with
-N_FLIPS = 9999
-MIN_SHUFFLED_PAIRS = 10  # with one pair, shuffling a subset would be swapping
-PROBES = {  # what changes, and what stays in the input
-    "shuffled": "critiques exchanged at random, within subsets of ten pairs or more; prompt, "
-    "response, separator stay",
-    "swapped": "critiques of chosen and rejected exchanged; prompt, response, separator stay",
-    "empty": "critiques removed; prompt, response and separator stay",
-    "critique-only": "responses removed; prompt, separator and critique stay",
-    "response-only": "critiques and separator removed; prompt and response stay",
-}
-READS_CRITIQUES = (
-    "A model that reads critiques loses accuracy when they are shuffled and more when they are "
-    "swapped; one that reads nothing else keeps it without the response."
-)
-# Pairs behind each accuracy in a section, as RewardBench weighs them; math-prm has 447 real pairs.
-# fmt: off
-REWARDBENCH = {
-    "Chat": {
-        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
-        "mt-bench-easy": 28, "mt-bench-med": 40,
-    },
-    "Chat Hard": {
-        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
-    },
-    "Safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
-        "xstest-should-respond": 250, "donotanswer": 136,
-    },
-    "Reasoning": {
-        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
-        "hep-python": 164, "hep-rust": 164,
-    },
-}
-# fmt: on
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
@@ -143,7 +118,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # --------------------------------------------------------------------------------------------------
-# Statistics
+# What scorers say
 
 
 @dataclass(frozen=True)
@@ -201,6 +176,128 @@ class Opinions:
         )
 
 
+def opinions_by(quantity: str, scorer: str, scores: list[PairScore], sign: int = 1) -> Opinions:
+    """Prefers the response of which a field of PairScore is higher, or lower with `sign` -1."""
+    values = np.zeros((len(scores), 2))
+    for n, score in enumerate(scores):
+        values[n] = [getattr(score, f"{side}_{quantity}") for side in rm.SIDES]
+    values *= sign
+    margins = values[:, 0] - values[:, 1]
+    correct = (margins > 0).astype(float)
+    return Opinions(scorer, scores, correct, values, ties=margins == 0)
+
+
+def collect_opinions(
+    scores: list[PairScore], judges: Sequence[str], probed: dict[str, list[PairScore]]
+) -> list[Opinions]:
+    """The reward model, also under probes, those that look at length alone, and the judges.
+
+    Where a judge has left pairs out, the reward model has another row, on the same pairs.
+    """
+
+    reviewed = [s for s in scores if s.chosen_critique_words and s.rejected_critique_words]
+    opinions = [opinions_by("reward", "reward model", scores)]
+    for name, changed in probed.items():
+        opinions.append(opinions_by("reward", name, changed))
+    opinions += [
+        opinions_by("words", "longer response", scores),
+        opinions_by("words", "shorter response", scores, sign=-1),
+        opinions_by("critique_words", "longer critique", reviewed),
+    ]
+    for path in judges:
+        for judge in read_verdicts(path, scores, len(judges) > 1):
+            opinions.append(judge)
+            if len(judge.scores) < len(scores):
+                name = f"reward model, pairs of {judge.scorer}"
+                opinions.append(opinions_by("reward", name, judge.scores))
+    return [opinion for opinion in opinions if opinion.scores]
+
+
+def read_verdicts(
+    path: str, scores: Sequence[PairScore | Pair], is_one_of_many: bool = False
+) -> list[Opinions]:
+    """Reads what `generate.py --task judge` wrote; a pair counts if both orders got an answer."""
+    by_scorer: dict[str, dict[str, list[bool]]] = {}
+    for where, row in rm.read_rows(path):
+        try:
+            answers = [row["verdicts"][order] for order in ("chosen_first", "rejected_first")]
+            if not {*answers} <= {*rm.SIDES, None} or not isinstance(row["with_critiques"], bool):
+                raise TypeError
+            scorer = "judge with critiques" if row["with_critiques"] else "judge"
+            scorer += f" ({path})" if is_one_of_many else ""
+            if None not in answers:
+                verdicts = by_scorer.setdefault(scorer, {})
+                if row["id"] in verdicts:
+                    raise CritiqueRMError(f"{where}: a second verdict on {row['id']!r}; keep one")
+                verdicts[row["id"]] = [answer == "chosen" for answer in answers]
+        except (KeyError, TypeError):
+            raise CritiqueRMError(f"{where}: not a verdict of generate.py --task judge") from None
+    opinions = []
+    for scorer, verdicts in by_scorer.items():
+        judged = [score for score in scores if score.id in verdicts]
+        right = np.array([verdicts[score.id] for score in judged], float).reshape(-1, 2)
+        opinions.append(
+            Opinions(scorer, judged, right.mean(1), inconsistent=right[:, 0] != right[:, 1])
+        )
+    if not any(opinion.scores for opinion in opinions):
+        raise CritiqueRMError(f"{path}: holds no verdict in both orders on these pairs; judge them")
+    return opinions
+
+
+def read_scores(path: str) -> list[PairScore]:
+    """Reads what --save-scores and train.py write."""
+    scores: dict[str, PairScore] = {}
+    for where, row in rm.read_rows(path):
+        try:
+            score = PairScore(**row)
+        except TypeError:
+            raise CritiqueRMError(f"{where}: not a line of --save-scores") from None
+        rewards = (score.chosen_reward, score.rejected_reward)
+        is_finite = all(type(r) in (int, float) and math.isfinite(r) for r in rewards)
+        texts = (score.id, score.prompt_id, score.subset)
+        if not is_finite or not all(isinstance(text, str) for text in texts):
+            raise CritiqueRMError(
+                f"{where}: not a line of --save-scores, or a reward is not finite"
+            )
+        if score.id in scores:
+            raise CritiqueRMError(f"{where}: id {score.id!r} comes twice; keep one of the lines")
+        scores[score.id] = score
+    if not scores:
+        raise CritiqueRMError(f"{path}: no score in it")
+    return list(scores.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# Intervals and tests
+
+N_RESAMPLES = 2000
+N_FLIPS = 9999
+Figures = dict[str, np.ndarray]  # by name: the value, and those of N_RESAMPLES resamples
+
+
+def resample(n: int, n_drawn: int, seed: int | list[int]) -> Iterator[np.ndarray]:
+    """N_RESAMPLES times: how often each of n is drawn when some are drawn with replacement, (n,)."""
+    rng = np.random.default_rng(seed)
+    return (rng.multinomial(n_drawn, np.full(n, 1 / n)) for _ in range(N_RESAMPLES))
+
+
+def resampled_mean(
+    values: Sequence[float], prompt_ids: Sequence[str], seed: int, stratum: str = ""
+) -> np.ndarray:
+    """The mean of (B,) values, then that of each draw of as many prompts: (1 + N_RESAMPLES,).
+
+    Draws of another stratum are others, so that figures of subsets can be added up.
+    """
+    _, prompt = np.unique(prompt_ids, return_inverse=True)
+    n_of_prompt = np.bincount(prompt)
+    sum_of_prompt = np.bincount(prompt, values)
+    n_prompts = len(n_of_prompt)
+    means = [np.mean(values)]
+    for draw in resample(n_prompts, n_prompts, [seed, zlib.crc32(stratum.encode())]):
+        means.append(draw @ sum_of_prompt / (draw @ n_of_prompt))
+    return np.array(means)
+
+
 def bootstrap_interval(
     correct: np.ndarray, prompt_ids: list[str], seed: int
 ) -> tuple[float | None, float | None]:
@@ -214,12 +311,6 @@ def bootstrap_interval(
     return percentile_interval(means)
 
 
-def resample(n: int, n_drawn: int, seed: int | list[int]) -> Iterator[np.ndarray]:
-    """N_RESAMPLES times: how often each of n is drawn when some are drawn with replacement, (n,)."""
-    rng = np.random.default_rng(seed)
-    return (rng.multinomial(n_drawn, np.full(n, 1 / n)) for _ in range(N_RESAMPLES))
-
-
 def percentile_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     """The middle 95 % of the values of resamples; none if they are all equal and so say nothing."""
     low, high = map(float, np.quantile(values, [0.025, 0.975]))
@@ -230,6 +321,20 @@ def exact_interval(accuracy: float, n: int) -> tuple[float | None, float | None]
     """Of n prompts that are all right or all wrong (Clopper & Pearson 1934); else none."""
     end = 0.025 ** (1 / n)
     return {1.0: (end, 1.0), 0.0: (0.0, 1 - end)}.get(accuracy, (None, None))
+
+
+def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy on n prompts, for n as small as one (Wilson 1927).
+
+    As pairs over one prompt are not independent, each prompt counts once: rather too wide than
+    too narrow.
+    """
+    z = 1.96  # standard deviations of a normal distribution, within which 95 % are
+    share = z**2 / n
+    middle = (accuracy + share / 2) / (1 + share)
+    deviation = math.sqrt(accuracy * (1 - accuracy) / n + share / (4 * n))
+    half_width = z * deviation / (1 + share)
+    return max(0.0, middle - half_width), min(1.0, middle + half_width)
 
 
 def sign_flip_p(differences: np.ndarray, prompt_ids: list[str], seed: int) -> float:
@@ -256,6 +361,470 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(p)
     adjusted[order] = rising.clip(max=1)
     return adjusted.tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# Probes
+
+PROBES = {  # what changes, and what stays in the input
+    "shuffled": "critiques exchanged at random, within subsets of ten pairs or more; prompt, "
+    "response, separator stay",
+    "swapped": "critiques of chosen and rejected exchanged; prompt, response, separator stay",
+    "empty": "critiques removed; prompt, response and separator stay",
+    "critique-only": "responses removed; prompt, separator and critique stay",
+    "response-only": "critiques and separator removed; prompt and response stay",
+}
+READS_CRITIQUES = (
+    "A model that reads critiques loses accuracy when they are shuffled and more when they are "
+    "swapped; one that reads nothing else keeps it without the response."
+)
+MIN_SHUFFLED_PAIRS = 10  # with one pair, shuffling a subset would be swapping
+
+
+def apply_probe(pairs: list[Pair], probe: str, seed: int) -> list[Pair]:
+    """The pairs changed as PROBES says; response-only is for an encoder without critiques."""
+    if probe == "shuffled":
+        return shuffle_critiques(pairs, seed)
+    changes = {
+        "swapped": lambda pair: {
+            "chosen_critiques": pair.rejected_critiques,
+            "rejected_critiques": pair.chosen_critiques,
+        },
+        "empty": lambda _: {"chosen_critiques": ("",), "rejected_critiques": ("",)},
+        "critique-only": lambda _: {"chosen": "", "rejected": ""},
+        "response-only": lambda _: {},
+    }
+    return [replace(pair, **changes[probe](pair)) for pair in pairs]
+
+
+def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[Pair]:
+    """Exchanges the critiques of a random share of the responses of each subset at random.
+
+    A response that stands in several pairs of a group keeps one critique. Subsets of less than
+    MIN_SHUFFLED_PAIRS are one.
+    """
+    sizes = Counter(pair.subset for pair in pairs)
+    critiques: dict[tuple, tuple[str, ...]] = {}  # by place: subset, pair or group, side, index
+    places = []
+    for pair in pairs:
+        subset = pair.subset if sizes[pair.subset] >= MIN_SHUFFLED_PAIRS else ""
+        both = []
+        for side, answer in zip(rm.SIDES, pair.answers):
+            index = getattr(pair, f"{side}_index") if pair.group else 0
+            both.append((subset, pair.group or pair.id, side, index))
+            critiques[both[-1]] = answer.critiques
+        places.append(both)
+    rng = np.random.default_rng(seed)
+    for subset in sorted({place[0] for place in critiques}):
+        of_subset = [place for place in critiques if place[0] == subset]
+        drawn = rng.permutation(len(of_subset))[: round(share * len(of_subset))]
+        moved = [
+            critiques[of_subset[k]] for k in np.roll(drawn, 1)
+        ]  # round: none stays in its place
+        critiques |= {of_subset[k]: texts for k, texts in zip(drawn, moved)}
+    shuffled = []
+    for pair, (chosen, rejected) in zip(pairs, places):
+        new = {"chosen_critiques": critiques[chosen], "rejected_critiques": critiques[rejected]}
+        shuffled.append(replace(pair, **new))
+    return shuffled
+
+
+# --------------------------------------------------------------------------------------------------
+# Benchmarks
+
+# Pairs behind each accuracy in a section, as RewardBench weighs them; math-prm has 447 real pairs.
+# fmt: off
+REWARDBENCH = {
+    "Chat": {
+        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
+        "mt-bench-easy": 28, "mt-bench-med": 40,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+        "xstest-should-respond": 250, "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
+        "hep-python": 164, "hep-rust": 164,
+    },
+}
+# fmt: on
+REWARDBENCH2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+RM_BENCH_DOMAINS = ("chat", "math", "code", "safety")
+RM_BENCH_STYLES = ("concise", "detailed", "markdown")
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one scorer says of the responses of one record that lists several."""
+
+    id: str
+    prompt_id: str
+    subset: str
+    wins: np.ndarray  # (C, R) 1 where the chosen response comes out above the rejected one
+    chosen: np.ndarray | None  # (C,) values; None of a judge, who only compares pairs
+    rejected: np.ndarray | None  # (R,)
+
+    @property
+    def best_of_n(self) -> float:
+        """The share of right responses among those with the highest value."""
+        highest = max(self.chosen.max(), self.rejected.max())
+        n_right = (self.chosen == highest).sum()
+        return float(n_right / (n_right + (self.rejected == highest).sum()))
+
+
+def collect_groups(opinions: Opinions, n_by_group: Counter[str]) -> list[Group]:
+    """The groups of which all pairs were scored."""
+    places: dict[str, list[int]] = {}
+    for n, score in enumerate(opinions.scores):
+        if score.group:
+            places.setdefault(score.group, []).append(n)
+    groups = []
+    for group_id, numbers in places.items():
+        scores = [opinions.scores[n] for n in numbers]
+        if len(scores) < n_by_group[group_id]:
+            continue
+        rows = [score.chosen_index for score in scores]
+        columns = [score.rejected_index for score in scores]
+        wins = np.zeros((max(rows) + 1, max(columns) + 1))
+        wins[rows, columns] = opinions.correct[numbers]
+        chosen = rejected = None
+        if opinions.values is not None:
+            chosen, rejected = np.zeros(wins.shape[0]), np.zeros(wins.shape[1])
+            chosen[rows], rejected[columns] = opinions.values[numbers].T
+            restored = np.stack([chosen[rows], rejected[columns]], axis=1)
+            if (restored != opinions.values[numbers]).any():  # critiques swapped within pairs
+                chosen = rejected = None
+        first = scores[0]
+        groups.append(Group(group_id, first.prompt_id, first.subset, wins, chosen, rejected))
+    return groups
+
+
+def measure_benchmarks(opinions: Opinions, groups: list[Group], seed: int) -> dict[str, Figures]:
+    """The official figures of each benchmark whose rows are there."""
+    benchmarks = {
+        "RewardBench 2": measure_rewardbench2(groups, seed),
+        "RM-Bench": measure_rm_bench(groups, seed),
+        "JudgeBench": measure_judgebench(opinions, seed),
+    }
+    return {name: figures for name, figures in benchmarks.items() if figures}
+
+
+def measure_rewardbench2(groups: list[Group], seed: int) -> Figures:
+    """Best of four in five subsets, Ties by its own rule, and the mean of the six.
+
+    A prompt counts 1/k where the right response is among k with the highest value (Malik et al.,
+    arXiv 2506.01937; rewardbench/utils.py).
+    """
+    figures = {}
+    for subset in REWARDBENCH2:
+        of_subset = [g for g in groups if g.subset == subset and g.chosen is not None]
+        if subset == "Ties":
+            of_subset = [g for g in of_subset if g.id.startswith(("ref:", "tied:"))]
+        else:
+            of_subset = [g for g in of_subset if g.wins.shape == (1, 3)]
+        if of_subset and subset == "Ties":
+            figures[subset] = score_ties(of_subset, seed)
+        elif of_subset:
+            ids = [g.prompt_id for g in of_subset]
+            figures[subset] = resampled_mean([g.best_of_n for g in of_subset], ids, seed, subset)
+    if len(figures) == len(REWARDBENCH2):
+        figures = {"score": sum(figures.values()) / len(figures), **figures}
+    return figures
+
+
+def score_ties(groups: list[Group], seed: int) -> np.ndarray:
+    """RewardBench 2's Ties: several right responses (tied:N) beside the same with one (ref:N).
+
+    With gap the lowest right value less the highest wrong one (t of the tied row, f of the other),
+    and d the spread of the tied row's right values:
+    0.3 mean[t > 0] + 0.3 mean[f > 0] + 0.2 mean[t > d] + 0.2 mean[min(f, t) > d]
+    + 0.01 mean tanh(min(f, t) / d − 1), where 0/0 counts 0.
+    """
+    gaps: dict[str, dict[str, float]] = {"tied": {}, "ref": {}}
+    spread: dict[str, float] = {}
+    for group in groups:
+        kind, _, number = group.id.partition(":")
+        gaps[kind][number] = group.chosen.min() - group.rejected.max()
+        spread[number] = spread.get(number, 0.0)
+        if kind == "tied":
+            spread[number] = group.chosen.max() - group.chosen.min()
+    both = [number for number in gaps["tied"] if number in gaps["ref"]]
+    t = np.array([gaps["tied"][number] for number in both])
+    f = np.array([gaps["ref"][number] for number in both])
+    d = np.array([spread[number] for number in both])
+    worse = np.minimum(f, t)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        margin = np.nan_to_num(np.tanh(worse / d - 1), nan=0.0)
+    terms = [(0.2, t > d, both), (0.2, worse > d, both), (0.01, margin, both)]
+    for kind in ("tied", "ref"):
+        is_accurate = np.array(list(gaps[kind].values())) > 0
+        terms.append((0.3, is_accurate, list(gaps[kind])))
+    score = np.zeros(1 + N_RESAMPLES)
+    for weight, values, numbers in terms:
+        if numbers:
+            score += weight * resampled_mean(values, numbers, seed, "Ties")
+    return score
+
+
+def measure_rm_bench(groups: list[Group], seed: int) -> Figures:
+    """Right and wrong answers in three styles each, plainest first (Liu et al., arXiv 2410.16184).
+
+    hard: the wrong answer is the fancier one (above the diagonal of the matrix chosen × rejected),
+    normal: on it, easy: below it. By domain, where the rows name them; safety is the mean of its
+    two halves, overall of the four domains.
+    """
+    groups = select_rm_bench(groups)
+    if not groups:
+        return {}
+    fancier = np.subtract.outer(range(3), range(3)) * -1  # style of rejected less that of chosen
+    parts = {
+        "hard": fancier > 0,
+        "normal": fancier == 0,
+        "easy": fancier < 0,
+        "average": fancier > -3,
+    }
+    ids = [g.prompt_id for g in groups]
+    figures = {}
+    for name, part in parts.items():
+        figures[name] = resampled_mean([g.wins[part].mean() for g in groups], ids, seed, "RM-Bench")
+    by_domain: dict[str, list[np.ndarray]] = {}
+    for subset in sorted({g.subset for g in groups}):
+        of_subset = [g for g in groups if g.subset == subset]
+        average = resampled_mean(
+            [g.wins.mean() for g in of_subset], [g.prompt_id for g in of_subset], seed, subset
+        )
+        by_domain.setdefault(subset.partition("-")[0], []).append(average)
+    for domain in RM_BENCH_DOMAINS:
+        if domain in by_domain:
+            figures[domain] = np.mean(by_domain[domain], axis=0)
+    if by_domain.keys() >= {*RM_BENCH_DOMAINS}:
+        figures["overall"] = np.mean([figures[domain] for domain in RM_BENCH_DOMAINS], axis=0)
+    return figures
+
+
+def select_rm_bench(groups: list[Group]) -> list[Group]:
+    return [g for g in groups if g.wins.shape == (3, 3) and g.subset != "Ties"]
+
+
+def measure_styles(scores: Sequence[PairScore], pairs: Sequence[Pair]) -> list[list[float]]:
+    """RM-Bench's matrix: how often the reward model prefers chosen of style i to rejected of j.
+
+    Chosen down, rejected across, plainest first; `pairs` are all that there are. Empty without rows
+    of RM-Bench.
+    """
+    opinions = opinions_by("reward", "reward model", scores)
+    n_by_group = Counter(pair.group for pair in pairs if pair.group)
+    groups = select_rm_bench(collect_groups(opinions, n_by_group))
+    if not groups:
+        return []
+    return np.mean([group.wins for group in groups], axis=0).tolist()
+
+
+def measure_judgebench(opinions: Opinions, seed: int) -> Figures:
+    """Accuracy by source, and over all pairs (Tan et al., arXiv 2410.12784)."""
+    figures = {}
+    ids = np.array([score.prompt_id for score in opinions.scores])
+    subsets = np.array([score.subset for score in opinions.scores])
+    for source in ("overall", *rm.JUDGEBENCH_SOURCES):
+        here = np.isin(subsets, rm.JUDGEBENCH_SOURCES if source == "overall" else [source])
+        if here.any():
+            figures[source] = resampled_mean(opinions.correct[here], ids[here], seed, source)
+    return figures
+
+
+# --------------------------------------------------------------------------------------------------
+# What critiques do
+
+N_DRAWS = 200  # of critiques of a response
+N_MISLEADING = 10  # critiques that are shown
+N_ALIKE = 50  # critiques of responses about as long, to compare one with
+
+
+def measure_critiques(scores: list[PairScore], seed: int) -> Figures:
+    """Accuracy with 1, 2, … K critiques a response, drawn from its own, and by majority.
+
+    With k: of the mean rewards of k drawn critiques, the mean over N_DRAWS draws; all there are
+    where there are fewer. Majority: more than half of all pairs of a chosen critique's reward and a
+    rejected one's are the right way round. Empty if no response has several.
+    """
+    n_most = max(len(r) for s in scores for r in (s.chosen_rewards, s.rejected_rewards))
+    if n_most < 2:
+        return {}
+    rng, ids = np.random.default_rng(seed), [score.prompt_id for score in scores]
+    figures = {}
+    for k in range(1, n_most + 1):
+        right = []
+        for score in scores:
+            sides = []
+            for rewards in (score.chosen_rewards, score.rejected_rewards):
+                order = rng.random((N_DRAWS, len(rewards))).argsort(axis=1)[:, :k]
+                sides.append(np.array(rewards)[order].mean(axis=1))
+            right.append((sides[0] > sides[1]).mean())
+        figures[f"{k} critique{'s' if k > 1 else ''}, mean"] = resampled_mean(right, ids, seed)
+    votes = [np.greater.outer(s.chosen_rewards, s.rejected_rewards).mean() > 0.5 for s in scores]
+    figures[f"{n_most} critiques, majority"] = resampled_mean(votes, ids, seed)
+    return figures
+
+
+def audit_critiques(
+    pairs: Sequence[Pair], scores: Sequence[PairScore], plain: Sequence[PairScore]
+) -> list[dict]:
+    """How each critique moves the reward, r(x, y, c) − r(x, y), and whether it misleads.
+
+    `plain` are scores of the same pairs without critiques. A critique of a response that stands in
+    several pairs comes once. It misleads if it moves the reward away from the label more than is
+    usual for the length of its response: a model that has always read critiques may go by length
+    where there is none, and then any critique lifts a short response.
+    """
+    without = {score.id: score for score in plain}
+    rows = {}
+    for pair, score in zip(pairs, scores):
+        if pair.id not in without:
+            continue
+        for side, answer in zip(rm.SIDES, pair.answers):
+            before = getattr(without[pair.id], f"{side}_reward")
+            rewards = getattr(score, f"{side}_rewards")
+            for critique, reward in zip(answer.critiques, rewards):
+                row = {
+                    "id": pair.id,
+                    "subset": pair.subset,
+                    "side": side,
+                    **rm.write_prompt(pair.prompt),
+                    "response": answer.message.text,
+                    "words": getattr(score, f"{side}_words"),
+                    "critique": critique,
+                    "reward": reward,
+                    "reward_without": before,
+                    "shift": reward - before,
+                }
+                rows.setdefault((pair.prompt, side, answer.message, critique), row)
+    audit = list(rows.values())
+    for row, usual_shift in zip(audit, find_usual_shifts(audit)):
+        row["usual_shift"] = usual_shift
+        row["misleads"] = towards_label(row["side"], unusual_shift(row)) < 0
+    return audit
+
+
+def find_usual_shifts(audit: list[dict], n_alike: int = N_ALIKE) -> list[float]:
+    """For each critique the mean shift of the `n_alike` whose responses are nearest in length."""
+    by_length = sorted(range(len(audit)), key=lambda n: audit[n]["words"])
+    shifts = np.array([audit[n]["shift"] for n in by_length])
+    n_alike = min(n_alike, len(audit))
+    usual = [0.0] * len(audit)
+    for place, n in enumerate(by_length):
+        start = place - n_alike // 2
+        start = min(max(start, 0), len(audit) - n_alike)
+        usual[n] = float(shifts[start : start + n_alike].mean())
+    return usual
+
+
+def unusual_shift(row: dict) -> float:
+    """How far a critique moves the reward beyond what is usual for the length of its response."""
+    return row["shift"] - row["usual_shift"]
+
+
+def towards_label(side: str, shift: float) -> float:
+    """A shift of a reward, positive if it is one towards the label."""
+    return shift if side == "chosen" else -shift
+
+
+def find_most_misleading(audit: list[dict]) -> list[dict]:
+    misleading = [row for row in audit if row["misleads"]]
+    return sorted(misleading, key=lambda row: -abs(unusual_shift(row)))[:N_MISLEADING]
+
+
+def summarize_audit(audit: list[dict]) -> dict[str, tuple[int, int, int]]:
+    """By subset: the number of critiques, of shifts towards the label, and of those not misleading."""
+    counts: dict[str, tuple[int, int, int]] = {}
+    for row in audit:
+        n, n_towards, n_right = counts.get(row["subset"], (0, 0, 0))
+        is_towards = towards_label(row["side"], row["shift"]) >= 0
+        counts[row["subset"]] = (n + 1, n_towards + is_towards, n_right + (not row["misleads"]))
+    return counts
+
+
+# --------------------------------------------------------------------------------------------------
+# Length and calibration
+
+
+def measure_robustness(scores: list[PairScore]) -> dict[str, float]:
+    """What accuracy alone does not say: length, calibration, and the level of the rewards."""
+    margin, longer = margins_and_lengths(scores)
+    figures = {}
+    for name, here in (("longer", longer > 0), ("shorter", longer < 0)):
+        if here.any():
+            figures[f"accuracy where chosen is {name} ({here.sum()} pairs)"] = (
+                margin[here] > 0
+            ).mean()
+    if margin.std() and longer.std():
+        figures["correlation of margin and length difference"] = np.corrcoef(margin, longer)[0, 1]
+    figures["log loss"] = np.logaddexp(0, -margin).mean()
+    figures["expected calibration error"] = calibration_error(scores)
+    for subset in sorted({s.subset for s in scores}):
+        rewards = [(s.chosen_reward + s.rejected_reward) / 2 for s in scores if s.subset == subset]
+        figures["mean reward" + (f", {subset}" if subset else "")] = np.mean(rewards)
+    return {name: float(value) for name, value in figures.items()}
+
+
+def margins_and_lengths(scores: list[PairScore]) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) each: reward and words of chosen less those of rejected."""
+    margin = [s.chosen_reward - s.rejected_reward for s in scores]
+    return np.array(margin), np.array([s.chosen_words - s.rejected_words for s in scores])
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The pairs whose confidence, σ(|margin|), lies in one tenth of the range from 0.5 to 1."""
+
+    start: float  # of that tenth
+    pairs: int
+    confidence: float  # the mean
+    accuracy: float
+    low: float  # ends of the 95 % interval of the accuracy
+    high: float
+
+
+def calibrate(scores: list[PairScore], n_bins: int = 10) -> list[Bin]:
+    """The bins of equal width that hold any pair, by rising confidence in the response preferred."""
+    margin, _ = margins_and_lengths(scores)
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))  # from 0.5 to 1
+    share_of_range = 2 * confidence - 1
+    numbers = np.minimum(share_of_range * n_bins, n_bins - 1).astype(int)
+    prompt_ids = np.array([score.prompt_id for score in scores])
+    bins = []
+    for number in np.unique(numbers):
+        here = numbers == number
+        accuracy = float((margin[here] > 0).mean())
+        low, high = wilson_interval(accuracy, len(set(prompt_ids[here])))
+        bins.append(
+            Bin(
+                start=0.5 + 0.5 * number / n_bins,
+                pairs=int(here.sum()),
+                confidence=float(confidence[here].mean()),
+                accuracy=accuracy,
+                low=low,
+                high=high,
+            )
+        )
+    return bins
+
+
+def calibration_error(scores: list[PairScore]) -> float:
+    """Of σ(|margin|), the confidence in the response preferred (Guo et al., arXiv 1706.04599).
+
+    The mean distance of confidence and accuracy in bins of equal width from 0.5 to 1.
+    """
+    distances = [b.pairs * abs(b.accuracy - b.confidence) for b in calibrate(scores)]
+    return sum(distances) / len(scores)
+
+
+# --------------------------------------------------------------------------------------------------
+# Comparison
 
 
 @dataclass(frozen=True)
@@ -316,6 +885,10 @@ def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Diffe
     rows = [measure(name or "(none)", subsets == name) for name in names]
     adjusted = adjust_holm([row.p for row in rows])
     return [whole, *(replace(row, p=p) for row, p in zip(rows, adjusted))]
+
+
+# --------------------------------------------------------------------------------------------------
+# Curves
 
 
 @dataclass(frozen=True)
@@ -512,503 +1085,13 @@ def equal_pairs(accuracy: float, sizes: Sequence[int], curve: np.ndarray) -> flo
         return float(np.inf)
     if k == 0:
         return float(sizes[0]) if curve[0] == accuracy else 0.0
-    share = (accuracy - curve[k - 1]) / (curve[k] - curve[k - 1])
-    return float(sizes[k - 1] * (sizes[k] / sizes[k - 1]) ** share)
-
-
-def measure_robustness(scores: list[PairScore]) -> dict[str, float]:
-    """What accuracy alone does not say: length, calibration, and the level of the rewards."""
-    margin, longer = margins_and_lengths(scores)
-    figures = {}
-    for name, here in (("longer", longer > 0), ("shorter", longer < 0)):
-        if here.any():
-            figures[f"accuracy where chosen is {name} ({here.sum()} pairs)"] = (
-                margin[here] > 0
-            ).mean()
-    if margin.std() and longer.std():
-        figures["correlation of margin and length difference"] = np.corrcoef(margin, longer)[0, 1]
-    figures["log loss"] = np.logaddexp(0, -margin).mean()
-    figures["expected calibration error"] = calibration_error(scores)
-    for subset in sorted({s.subset for s in scores}):
-        rewards = [(s.chosen_reward + s.rejected_reward) / 2 for s in scores if s.subset == subset]
-        figures["mean reward" + (f", {subset}" if subset else "")] = np.mean(rewards)
-    return {name: float(value) for name, value in figures.items()}
-
-
-def margins_and_lengths(scores: list[PairScore]) -> tuple[np.ndarray, np.ndarray]:
-    """(B,) each: reward and words of chosen less those of rejected."""
-    margin = [s.chosen_reward - s.rejected_reward for s in scores]
-    return np.array(margin), np.array([s.chosen_words - s.rejected_words for s in scores])
-
-
-@dataclass(frozen=True)
-class Bin:
-    """The pairs whose confidence, σ(|margin|), lies in one tenth of the range from 0.5 to 1."""
-
-    start: float  # of that tenth
-    pairs: int
-    confidence: float  # the mean
-    accuracy: float
-    low: float  # ends of the 95 % interval of the accuracy
-    high: float
-
-
-def calibrate(scores: list[PairScore], n_bins: int = 10) -> list[Bin]:
-    """The bins of equal width that hold any pair, by rising confidence in the response preferred."""
-    margin, _ = margins_and_lengths(scores)
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))  # from 0.5 to 1
-    share_of_range = 2 * confidence - 1
-    numbers = np.minimum(share_of_range * n_bins, n_bins - 1).astype(int)
-    prompt_ids = np.array([score.prompt_id for score in scores])
-    bins = []
-    for number in np.unique(numbers):
-        here = numbers == number
-        accuracy = float((margin[here] > 0).mean())
-        low, high = wilson_interval(accuracy, len(set(prompt_ids[here])))
-        bins.append(
-            Bin(
-                start=0.5 + 0.5 * number / n_bins,
-                pairs=int(here.sum()),
-                confidence=float(confidence[here].mean()),
-                accuracy=accuracy,
-                low=low,
-                high=high,
-            )
-        )
-    return bins
-
-
-def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy on n prompts, for n as small as one (Wilson 1927).
-
-    As pairs over one prompt are not independent, each prompt counts once: rather too wide than
-    too narrow.
-    """
-    z = 1.96
-    middle = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
-    variance = accuracy * (1 - accuracy) / n + z**2 / (4 * n**2)
-    half = z * math.sqrt(variance) / (1 + z**2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def calibration_error(scores: list[PairScore]) -> float:
-    """Of σ(|margin|), the confidence in the response preferred (Guo et al., arXiv 1706.04599).
-
-    The mean distance of confidence and accuracy in bins of equal width from 0.5 to 1.
-    """
-    distances = [b.pairs * abs(b.accuracy - b.confidence) for b in calibrate(scores)]
-    return sum(distances) / len(scores)
-
-
-def apply_probe(pairs: list[Pair], probe: str, seed: int) -> list[Pair]:
-    """The pairs changed as PROBES says; response-only is for an encoder without critiques."""
-    if probe == "shuffled":
-        return shuffle_critiques(pairs, seed)
-    changes = {
-        "swapped": lambda pair: {
-            "chosen_critiques": pair.rejected_critiques,
-            "rejected_critiques": pair.chosen_critiques,
-        },
-        "empty": lambda _: {"chosen_critiques": ("",), "rejected_critiques": ("",)},
-        "critique-only": lambda _: {"chosen": "", "rejected": ""},
-        "response-only": lambda _: {},
-    }
-    return [replace(pair, **changes[probe](pair)) for pair in pairs]
-
-
-def shuffle_critiques(pairs: list[Pair], seed: int, share: float = 1.0) -> list[Pair]:
-    """Exchanges the critiques of a random share of the responses of each subset at random.
-
-    A response that stands in several pairs of a group keeps one critique. Subsets of less than
-    MIN_SHUFFLED_PAIRS are one.
-    """
-    sizes = Counter(pair.subset for pair in pairs)
-    critiques: dict[tuple, tuple[str, ...]] = {}  # by place: subset, pair or group, side, index
-    places = []
-    for pair in pairs:
-        subset = pair.subset if sizes[pair.subset] >= MIN_SHUFFLED_PAIRS else ""
-        both = []
-        for side, answer in zip(rm.SIDES, pair.answers):
-            index = getattr(pair, f"{side}_index") if pair.group else 0
-            both.append((subset, pair.group or pair.id, side, index))
-            critiques[both[-1]] = answer.critiques
-        places.append(both)
-    rng = np.random.default_rng(seed)
-    for subset in sorted({place[0] for place in critiques}):
-        of_subset = [place for place in critiques if place[0] == subset]
-        drawn = rng.permutation(len(of_subset))[: round(share * len(of_subset))]
-        moved = [
-            critiques[of_subset[k]] for k in np.roll(drawn, 1)
-        ]  # round: none stays in its place
-        critiques |= {of_subset[k]: texts for k, texts in zip(drawn, moved)}
-    shuffled = []
-    for pair, (chosen, rejected) in zip(pairs, places):
-        new = {"chosen_critiques": critiques[chosen], "rejected_critiques": critiques[rejected]}
-        shuffled.append(replace(pair, **new))
-    return shuffled
+    share_of_step = (accuracy - curve[k - 1]) / (curve[k] - curve[k - 1])
+    growth = sizes[k] / sizes[k - 1]
+    return float(sizes[k - 1] * growth**share_of_step)
 
 
 # --------------------------------------------------------------------------------------------------
-# Lists of responses, benchmarks
-
-REWARDBENCH2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
-RM_BENCH_DOMAINS = ("chat", "math", "code", "safety")
-RM_BENCH_STYLES = ("concise", "detailed", "markdown")
-Figures = dict[str, np.ndarray]  # by name: the value, and those of N_RESAMPLES resamples
-
-
-@dataclass(frozen=True)
-class Group:
-    """What one scorer says of the responses of one record that lists several."""
-
-    id: str
-    prompt_id: str
-    subset: str
-    wins: np.ndarray  # (C, R) 1 where the chosen response comes out above the rejected one
-    chosen: np.ndarray | None  # (C,) values; None of a judge, who only compares pairs
-    rejected: np.ndarray | None  # (R,)
-
-    @property
-    def best_of_n(self) -> float:
-        """The share of right responses among those with the highest value."""
-        highest = max(self.chosen.max(), self.rejected.max())
-        n_right = (self.chosen == highest).sum()
-        return float(n_right / (n_right + (self.rejected == highest).sum()))
-
-
-def collect_groups(opinions: "Opinions", n_by_group: Counter[str]) -> list[Group]:
-    """The groups of which all pairs were scored."""
-    places: dict[str, list[int]] = {}
-    for n, score in enumerate(opinions.scores):
-        if score.group:
-            places.setdefault(score.group, []).append(n)
-    groups = []
-    for group_id, numbers in places.items():
-        scores = [opinions.scores[n] for n in numbers]
-        if len(scores) < n_by_group[group_id]:
-            continue
-        rows = [score.chosen_index for score in scores]
-        columns = [score.rejected_index for score in scores]
-        wins = np.zeros((max(rows) + 1, max(columns) + 1))
-        wins[rows, columns] = opinions.correct[numbers]
-        chosen = rejected = None
-        if opinions.values is not None:
-            chosen, rejected = np.zeros(wins.shape[0]), np.zeros(wins.shape[1])
-            chosen[rows], rejected[columns] = opinions.values[numbers].T
-            restored = np.stack([chosen[rows], rejected[columns]], axis=1)
-            if (restored != opinions.values[numbers]).any():  # critiques swapped within pairs
-                chosen = rejected = None
-        first = scores[0]
-        groups.append(Group(group_id, first.prompt_id, first.subset, wins, chosen, rejected))
-    return groups
-
-
-def resampled_mean(
-    values: Sequence[float], prompt_ids: Sequence[str], seed: int, stratum: str = ""
-) -> np.ndarray:
-    """The mean of (B,) values, then that of each draw of as many prompts: (1 + N_RESAMPLES,).
-
-    Draws of another stratum are others, so that figures of subsets can be added up.
-    """
-    _, cluster = np.unique(prompt_ids, return_inverse=True)
-    n_in_cluster, sums = np.bincount(cluster), np.bincount(cluster, values)
-    n = len(sums)
-    draws = resample(n, n, [seed, zlib.crc32(stratum.encode())])
-    means = [draw @ sums / (draw @ n_in_cluster) for draw in draws]
-    return np.array([np.mean(values), *means])
-
-
-def measure_benchmarks(opinions: "Opinions", groups: list[Group], seed: int) -> dict[str, Figures]:
-    """The official figures of each benchmark whose rows are there."""
-    benchmarks = {
-        "RewardBench 2": measure_rewardbench2(groups, seed),
-        "RM-Bench": measure_rm_bench(groups, seed),
-        "JudgeBench": measure_judgebench(opinions, seed),
-    }
-    return {name: figures for name, figures in benchmarks.items() if figures}
-
-
-def measure_rewardbench2(groups: list[Group], seed: int) -> Figures:
-    """Best of four in five subsets, Ties by its own rule, and the mean of the six.
-
-    A prompt counts 1/k where the right response is among k with the highest value (Malik et al.,
-    arXiv 2506.01937; rewardbench/utils.py).
-    """
-    figures = {}
-    for subset in REWARDBENCH2:
-        of_subset = [g for g in groups if g.subset == subset and g.chosen is not None]
-        if subset == "Ties":
-            of_subset = [g for g in of_subset if g.id.startswith(("ref:", "tied:"))]
-        else:
-            of_subset = [g for g in of_subset if g.wins.shape == (1, 3)]
-        if of_subset and subset == "Ties":
-            figures[subset] = score_ties(of_subset, seed)
-        elif of_subset:
-            ids = [g.prompt_id for g in of_subset]
-            figures[subset] = resampled_mean([g.best_of_n for g in of_subset], ids, seed, subset)
-    if len(figures) == len(REWARDBENCH2):
-        figures = {"score": sum(figures.values()) / len(figures), **figures}
-    return figures
-
-
-def score_ties(groups: list[Group], seed: int) -> np.ndarray:
-    """RewardBench 2's Ties: several right responses (tied:N) beside the same with one (ref:N).
-
-    With gap the lowest right value less the highest wrong one (t of the tied row, f of the other),
-    and d the spread of the tied row's right values:
-    0.3 mean[t > 0] + 0.3 mean[f > 0] + 0.2 mean[t > d] + 0.2 mean[min(f, t) > d]
-    + 0.01 mean tanh(min(f, t) / d − 1), where 0/0 counts 0.
-    """
-    gaps: dict[str, dict[str, float]] = {"tied": {}, "ref": {}}
-    spread: dict[str, float] = {}
-    for group in groups:
-        kind, _, number = group.id.partition(":")
-        gaps[kind][number] = group.chosen.min() - group.rejected.max()
-        spread[number] = spread.get(number, 0.0)
-        if kind == "tied":
-            spread[number] = group.chosen.max() - group.chosen.min()
-    both = [number for number in gaps["tied"] if number in gaps["ref"]]
-    t, f = (np.array([gaps[kind][number] for number in both]) for kind in ("tied", "ref"))
-    d, worse = np.array([spread[number] for number in both]), np.minimum(f, t)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        margin = np.nan_to_num(np.tanh(worse / d - 1), nan=0.0)
-    terms = [(0.2, t > d, both), (0.2, worse > d, both), (0.01, margin, both)]
-    for kind in ("tied", "ref"):
-        terms.append((0.3, np.array([*gaps[kind].values()]) > 0, [*gaps[kind]]))
-    score = np.zeros(1 + N_RESAMPLES)
-    for weight, values, numbers in terms:
-        if numbers:
-            score += weight * resampled_mean(values, numbers, seed, "Ties")
-    return score
-
-
-def measure_rm_bench(groups: list[Group], seed: int) -> Figures:
-    """Right and wrong answers in three styles each, plainest first (Liu et al., arXiv 2410.16184).
-
-    hard: the wrong answer is the fancier one (above the diagonal of the matrix chosen × rejected),
-    normal: on it, easy: below it. By domain, where the rows name them; safety is the mean of its
-    two halves, overall of the four domains.
-    """
-    groups = select_rm_bench(groups)
-    if not groups:
-        return {}
-    fancier = np.subtract.outer(range(3), range(3)) * -1  # style of rejected less that of chosen
-    parts = {
-        "hard": fancier > 0,
-        "normal": fancier == 0,
-        "easy": fancier < 0,
-        "average": fancier > -3,
-    }
-    ids = [g.prompt_id for g in groups]
-    figures = {}
-    for name, part in parts.items():
-        figures[name] = resampled_mean([g.wins[part].mean() for g in groups], ids, seed, "RM-Bench")
-    by_domain: dict[str, list[np.ndarray]] = {}
-    for subset in sorted({g.subset for g in groups}):
-        of_subset = [g for g in groups if g.subset == subset]
-        average = resampled_mean(
-            [g.wins.mean() for g in of_subset], [g.prompt_id for g in of_subset], seed, subset
-        )
-        by_domain.setdefault(subset.partition("-")[0], []).append(average)
-    for domain in RM_BENCH_DOMAINS:
-        if domain in by_domain:
-            figures[domain] = np.mean(by_domain[domain], axis=0)
-    if by_domain.keys() >= {*RM_BENCH_DOMAINS}:
-        figures["overall"] = np.mean([figures[domain] for domain in RM_BENCH_DOMAINS], axis=0)
-    return figures
-
-
-def select_rm_bench(groups: list[Group]) -> list[Group]:
-    return [g for g in groups if g.wins.shape == (3, 3) and g.subset != "Ties"]
-
-
-def measure_styles(scores: Sequence[PairScore], pairs: Sequence[Pair]) -> list[list[float]]:
-    """RM-Bench's matrix: how often the reward model prefers chosen of style i to rejected of j.
-
-    Chosen down, rejected across, plainest first; `pairs` are all that there are. Empty without rows
-    of RM-Bench.
-    """
-    opinions = opinions_by("reward", "reward model", scores)
-    n_by_group = Counter(pair.group for pair in pairs if pair.group)
-    groups = select_rm_bench(collect_groups(opinions, n_by_group))
-    return np.mean([group.wins for group in groups], axis=0).tolist() if groups else []
-
-
-def measure_judgebench(opinions: "Opinions", seed: int) -> Figures:
-    """Accuracy by source, and over all pairs (Tan et al., arXiv 2410.12784)."""
-    figures = {}
-    ids = np.array([score.prompt_id for score in opinions.scores])
-    subsets = np.array([score.subset for score in opinions.scores])
-    for source in ("overall", *rm.JUDGEBENCH_SOURCES):
-        here = np.isin(subsets, rm.JUDGEBENCH_SOURCES if source == "overall" else [source])
-        if here.any():
-            figures[source] = resampled_mean(opinions.correct[here], ids[here], seed, source)
-    return figures
-
-
-def audit_critiques(
-    pairs: Sequence[Pair], scores: Sequence[PairScore], plain: Sequence[PairScore]
-) -> list[dict]:
-    """How each critique moves the reward, r(x, y, c) − r(x, y), and whether it misleads.
-
-    `plain` are scores of the same pairs without critiques. A critique of a response that stands in
-    several pairs comes once. It misleads if it moves the reward away from the label more than is
-    usual for the length of its response: a model that has always read critiques may go by length
-    where there is none, and then any critique lifts a short response.
-    """
-    without = {score.id: score for score in plain}
-    rows = {}
-    for pair, score in zip(pairs, scores):
-        if pair.id not in without:
-            continue
-        for side, answer in zip(rm.SIDES, pair.answers):
-            before = getattr(without[pair.id], f"{side}_reward")
-            rewards = getattr(score, f"{side}_rewards")
-            for critique, reward in zip(answer.critiques, rewards):
-                row = {
-                    "id": pair.id,
-                    "subset": pair.subset,
-                    "side": side,
-                    **rm.write_prompt(pair.prompt),
-                    "response": answer.message.text,
-                    "words": getattr(score, f"{side}_words"),
-                    "critique": critique,
-                    "reward": reward,
-                    "reward_without": before,
-                    "shift": reward - before,
-                }
-                rows.setdefault((pair.prompt, side, answer.message, critique), row)
-    audit = list(rows.values())
-    for row, usual_shift in zip(audit, find_usual_shifts(audit)):
-        row["usual_shift"] = usual_shift
-        row["misleads"] = towards_label(row["side"], unusual_shift(row)) < 0
-    return audit
-
-
-def find_usual_shifts(audit: list[dict], n_alike: int = N_ALIKE) -> list[float]:
-    """For each critique the mean shift of the `n_alike` whose responses are nearest in length."""
-    by_length = sorted(range(len(audit)), key=lambda n: audit[n]["words"])
-    shifts = np.array([audit[n]["shift"] for n in by_length])
-    n_alike = min(n_alike, len(audit))
-    usual = [0.0] * len(audit)
-    for place, n in enumerate(by_length):
-        start = place - n_alike // 2
-        start = min(max(start, 0), len(audit) - n_alike)
-        usual[n] = float(shifts[start : start + n_alike].mean())
-    return usual
-
-
-def towards_label(side: str, shift: float) -> float:
-    """A shift of a reward, positive if it is one towards the label."""
-    return shift if side == "chosen" else -shift
-
-
-def summarize_audit(audit: list[dict]) -> dict[str, tuple[int, int, int]]:
-    """By subset: the number of critiques, of shifts towards the label, and of those not misleading."""
-    counts: dict[str, tuple[int, int, int]] = {}
-    for row in audit:
-        n, n_towards, n_right = counts.get(row["subset"], (0, 0, 0))
-        is_towards = towards_label(row["side"], row["shift"]) >= 0
-        counts[row["subset"]] = (n + 1, n_towards + is_towards, n_right + (not row["misleads"]))
-    return counts
-
-
-def measure_critiques(scores: list[PairScore], seed: int) -> Figures:
-    """Accuracy with 1, 2, … K critiques a response, drawn from its own, and by majority.
-
-    With k: of the mean rewards of k drawn critiques, the mean over N_DRAWS draws; all there are
-    where there are fewer. Majority: more than half of all pairs of a chosen critique's reward and a
-    rejected one's are the right way round. Empty if no response has several.
-    """
-    n_most = max(len(r) for s in scores for r in (s.chosen_rewards, s.rejected_rewards))
-    if n_most < 2:
-        return {}
-    rng, ids = np.random.default_rng(seed), [score.prompt_id for score in scores]
-    figures = {}
-    for k in range(1, n_most + 1):
-        right = []
-        for score in scores:
-            sides = []
-            for rewards in (score.chosen_rewards, score.rejected_rewards):
-                order = rng.random((N_DRAWS, len(rewards))).argsort(axis=1)[:, :k]
-                sides.append(np.array(rewards)[order].mean(axis=1))
-            right.append((sides[0] > sides[1]).mean())
-        figures[f"{k} critique{'s' if k > 1 else ''}, mean"] = resampled_mean(right, ids, seed)
-    votes = [np.greater.outer(s.chosen_rewards, s.rejected_rewards).mean() > 0.5 for s in scores]
-    figures[f"{n_most} critiques, majority"] = resampled_mean(votes, ids, seed)
-    return figures
-
-
-# --------------------------------------------------------------------------------------------------
-# Tables
-
-
-def collect_opinions(
-    scores: list[PairScore], judges: Sequence[str], probed: dict[str, list[PairScore]]
-) -> list[Opinions]:
-    """The reward model, also under probes, those that look at length alone, and the judges.
-
-    Where a judge has left pairs out, the reward model has another row, on the same pairs.
-    """
-
-    reviewed = [s for s in scores if s.chosen_critique_words and s.rejected_critique_words]
-    opinions = [opinions_by("reward", "reward model", scores)]
-    for name, changed in probed.items():
-        opinions.append(opinions_by("reward", name, changed))
-    opinions += [
-        opinions_by("words", "longer response", scores),
-        opinions_by("words", "shorter response", scores, sign=-1),
-        opinions_by("critique_words", "longer critique", reviewed),
-    ]
-    for path in judges:
-        for judge in read_verdicts(path, scores, len(judges) > 1):
-            opinions.append(judge)
-            if len(judge.scores) < len(scores):
-                name = f"reward model, pairs of {judge.scorer}"
-                opinions.append(opinions_by("reward", name, judge.scores))
-    return [opinion for opinion in opinions if opinion.scores]
-
-
-def opinions_by(quantity: str, scorer: str, scores: list[PairScore], sign: int = 1) -> Opinions:
-    """Prefers the response of which a field of PairScore is higher, or lower with `sign` -1."""
-    values = np.zeros((len(scores), 2))
-    for n, score in enumerate(scores):
-        values[n, 0] = sign * getattr(score, f"chosen_{quantity}")
-        values[n, 1] = sign * getattr(score, f"rejected_{quantity}")
-    margins = values[:, 0] - values[:, 1]
-    correct = (margins > 0).astype(float)
-    return Opinions(scorer, scores, correct, values, ties=margins == 0)
-
-
-def read_verdicts(
-    path: str, scores: Sequence[PairScore | Pair], is_one_of_many: bool = False
-) -> list[Opinions]:
-    """Reads what `generate.py --task judge` wrote; a pair counts if both orders got an answer."""
-    by_scorer: dict[str, dict[str, list[bool]]] = {}
-    for where, row in rm.read_rows(path):
-        try:
-            answers = [row["verdicts"][order] for order in ("chosen_first", "rejected_first")]
-            if not {*answers} <= {*rm.SIDES, None} or not isinstance(row["with_critiques"], bool):
-                raise TypeError
-            scorer = "judge with critiques" if row["with_critiques"] else "judge"
-            scorer += f" ({path})" if is_one_of_many else ""
-            if None not in answers:
-                verdicts = by_scorer.setdefault(scorer, {})
-                if row["id"] in verdicts:
-                    raise CritiqueRMError(f"{where}: a second verdict on {row['id']!r}; keep one")
-                verdicts[row["id"]] = [answer == "chosen" for answer in answers]
-        except (KeyError, TypeError):
-            raise CritiqueRMError(f"{where}: not a verdict of generate.py --task judge") from None
-    opinions = []
-    for scorer, verdicts in by_scorer.items():
-        judged = [score for score in scores if score.id in verdicts]
-        right = np.array([verdicts[score.id] for score in judged], float).reshape(-1, 2)
-        opinions.append(
-            Opinions(scorer, judged, right.mean(1), inconsistent=right[:, 0] != right[:, 1])
-        )
-    if not any(opinion.scores for opinion in opinions):
-        raise CritiqueRMError(f"{path}: holds no verdict in both orders on these pairs; judge them")
-    return opinions
+# 8. Tables
 
 
 def tabulate(
@@ -1162,16 +1245,6 @@ def show_audit(audit: list[dict]) -> Columns:
         columns["towards the label"].append(f"{n_towards / n:.3f}")
         columns["more than is usual for the length"].append(f"{n_right / n:.3f}")
     return columns
-
-
-def find_most_misleading(audit: list[dict]) -> list[dict]:
-    misleading = [row for row in audit if row["misleads"]]
-    return sorted(misleading, key=lambda row: -abs(unusual_shift(row)))[:N_MISLEADING]
-
-
-def unusual_shift(row: dict) -> float:
-    """How far a critique moves the reward beyond what is usual for the length of its response."""
-    return row["shift"] - row["usual_shift"]
 
 
 def show_most_misleading(audit: list[dict]) -> str:
@@ -1690,6 +1763,7 @@ def mark_misleading(rows: list[dict], pairs: list[Pair], audit: list[dict]) -> N
 
 
 # --------------------------------------------------------------------------------------------------
+# The commands
 
 
 def evaluate_pairs(args: argparse.Namespace) -> int:
@@ -1798,29 +1872,6 @@ def print_curves(args: argparse.Namespace) -> int:
 
 def write_json(path: str, table: dict) -> None:
     rm.replace_file(Path(path), rm.to_json(table, indent=2) + "\n")
-
-
-def read_scores(path: str) -> list[PairScore]:
-    """Reads what --save-scores and train.py write."""
-    scores: dict[str, PairScore] = {}
-    for where, row in rm.read_rows(path):
-        try:
-            score = PairScore(**row)
-        except TypeError:
-            raise CritiqueRMError(f"{where}: not a line of --save-scores") from None
-        rewards = (score.chosen_reward, score.rejected_reward)
-        is_finite = all(type(r) in (int, float) and math.isfinite(r) for r in rewards)
-        texts = (score.id, score.prompt_id, score.subset)
-        if not is_finite or not all(isinstance(text, str) for text in texts):
-            raise CritiqueRMError(
-                f"{where}: not a line of --save-scores, or a reward is not finite"
-            )
-        if score.id in scores:
-            raise CritiqueRMError(f"{where}: id {score.id!r} comes twice; keep one of the lines")
-        scores[score.id] = score
-    if not scores:
-        raise CritiqueRMError(f"{path}: no score in it")
-    return list(scores.values())
 
 
 def score_single(args: argparse.Namespace) -> int:
