@@ -168,6 +168,20 @@ def sync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds its default to the help of an argument, unless there is none or it says nothing.
+
+    A default that depends on other arguments is None in the parser, and its help says it in words.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is False or action.default in EMPTY
+        is_required = action.required or not action.option_strings
+        if says_nothing or is_required or action.default is argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 # --------------------------------------------------------------------------------------------------
 # 1. Records
 

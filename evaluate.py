@@ -67,38 +67,135 @@ from critique_rm import (
 # Arguments
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=rm.HelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="folder or Hub name of a model")
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--data", metavar="PAIRS", help="preference pairs to test on")
-    add("--answers", metavar="ANSWERS", help="single answers to score")
-    add("--compare", nargs=2, metavar="SCORES", help="two files of --save-scores, or of two runs")
-    add("--curve", nargs="+", metavar="RUN", help="folders of train.py")
-    add = parser.add_argument_group("input").add_argument
-    add("--no-critiques", action="store_true", help="leave critiques out of the input")
-    add("--critiques", metavar="FILE", help="take them from there, by pair or by response")
-    add("--skip-bad", action="store_true", help="leave out bad records, count them")
-    add("--max-length-tokens", type=positive_int, help="of a sequence; None: the model's")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        nargs="?",
+        help="reward model: a folder of train.py, or another folder or Hub name",
+    )
+    add_actions(parser)
+    add_input_arguments(parser)
+    add_output_arguments(parser)
+    return parser
+
+
+def add_actions(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to do (exactly one)")
+    add = group.add_mutually_exclusive_group(required=True).add_argument
     add(
-        "--dtype", choices=rm.DTYPES, default="auto", help="to compute in; auto: bf16 if it is fast"
+        "--data",
+        metavar="PAIRS",
+        help="score the preference pairs of this file or Hub data set, and print the table",
     )
-    add("--compile", action="store_true", help="compile the blocks: pays for thousands of pairs")
-    add("--micro-batch-tokens", type=positive_int, default=4096, help="computed at once on a rank")
+    add(
+        "--answers",
+        metavar="FILE",
+        help="score the single answers of this file, and print a reward a line",
+    )
+    add(
+        "--compare",
+        metavar="SCORES",
+        nargs=2,
+        help="compare two models by their scores of the same pairs: two files of --save-scores, or "
+        "scores-TEST.jsonl of two runs",
+    )
+    add(
+        "--curve",
+        metavar="RUN",
+        nargs="+",
+        help="print the accuracy of these runs of train.py over their number of training pairs",
+    )
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("input").add_argument
+    add(
+        "--no-critiques",
+        action="store_true",
+        help="leave critiques out of the input, even if the model was trained with them",
+    )
+    add(
+        "--critiques",
+        metavar="FILE",
+        help="take the critiques from this file instead; it is searched for the same pair, then "
+        "for the same prompt and response",
+    )
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave out bad records and count them, instead of stopping at the first",
+    )
+    add(
+        "--max-length-tokens",
+        metavar="N",
+        type=positive_int,
+        help="longest input in tokens, critique included (default: as in training; for other "
+        "models their own limit, at most 4,096)",
+    )
+    add(
+        "--dtype",
+        choices=rm.DTYPES,
+        default="auto",
+        help="number format to compute in; auto takes bfloat16 where the hardware has units for "
+        "it, else float32",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the model's blocks: a minute at the start, worth it for thousands of pairs",
+    )
+    add(
+        "--micro-batch-tokens",
+        metavar="N",
+        type=positive_int,
+        default=4096,
+        help="tokens that a process computes at once",
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("table").add_argument
-    add("--probe", choices=PROBES, action="append", default=[], help="another row; repeatable")
-    add("--judge", metavar="FILE", action="append", default=[], help="verdicts of generate.py")
-    add("--seed", type=nonnegative_int, default=0, help="of bootstrap, sign flips and shuffling")
+    add(
+        "--probe",
+        choices=PROBES,
+        action="append",
+        default=[],
+        help="score the pairs again with their critiques changed in this way; may be given several "
+        "times",
+    )
+    add(
+        "--judge",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="show the verdicts that generate.py --task judge wrote into this file beside the "
+        "model's; may be given several times",
+    )
+    add(
+        "--seed",
+        metavar="N",
+        type=nonnegative_int,
+        default=0,
+        help="seed of the bootstrap, of the sign flips and of shuffling",
+    )
     add = parser.add_argument_group("files to write").add_argument
-    add("--json", metavar="FILE", help="the table")
-    add("--save-scores", metavar="FILE", help="one line a pair")
-    add("--audit", metavar="FILE", help="one line a critique: how it moves the reward")
-    add("--html", metavar="FILE", help="a page to look at the pairs")
-    add("--plot", metavar="FILE", help="the curve as .png, .svg or .pdf (needs matplotlib)")
+    add("--json", metavar="FILE", help="all figures, as JSON (not with --answers)")
+    add("--save-scores", metavar="FILE", help="the rewards of each pair, one line a pair")
+    add("--audit", metavar="FILE", help="how each critique moves the reward, one line a critique")
+    add("--html", metavar="FILE", help="a page for browsers, to look at tables and pairs")
+    add(
+        "--plot",
+        metavar="FILE",
+        help="a picture of the curve, as .png, .svg or .pdf (needs matplotlib)",
+    )
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
     with_data = ("save_scores", "audit", "judge", "probe", "html", "critiques")
     if not args.data and any(getattr(args, name) for name in with_data):

@@ -64,6 +64,7 @@ from urllib3.exceptions import HTTPError
 from critique_rm import (
     Answer,
     CritiqueRMError,
+    HelpFormatter,
     Message,
     Pair,
     check_messages,
@@ -136,40 +137,131 @@ class Settings:
     timeout_seconds: float = 300.0
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.partition("\n")[0], allow_abbrev=False, formatter_class=HelpFormatter
     )
-    data_help = "preference pairs or single answers: a file or Hub data set"
-    parser.add_argument("data", metavar="DATA", help=data_help)
-    parser.add_argument("--skip-bad", action="store_true", help="leave out bad records, count them")
-    parser.add_argument("--output", required=True, metavar="OUT", help="JSON lines file to write")
-    add = parser.add_argument_group("task").add_argument
-    add("--task", choices=ASKED_SIDES, help="what to ask about the pairs")
-    add("--n-critiques", type=positive_int, default=1, metavar="K", help="critiques of a response")
-    add("--with-critiques", action="store_true", help="show the judge the critiques")
-    add("--prompt-file", type=read_text, metavar="FILE", help="text in place of the instruction")
-    add = parser.add_argument_group("endpoint (its key is read from OPENAI_API_KEY)").add_argument
-    add("--base-url", type=chat_url, metavar="URL", help="its API; None: OPENAI_BASE_URL")
-    add("--model", required=True, metavar="NAME", help="name of the model there")
-    add("--temperature", type=float, metavar="T", help="None: the endpoint's own")
-    limit_help = "of one answer; if raised, only what was cut off is asked again"
-    add("--max-tokens", type=positive_int, metavar="N", help=limit_help)
-    add("--extra-body", type=json.loads, default={}, metavar="JSON", help="more request fields")
-    header_help = "another header; a secret as 'NAME:$VARIABLE', read from the environment"
-    header_options = {"type": header, "action": "append", "default": [], "help": header_help}
-    add("--header", metavar="NAME:VALUE", **header_options)
-    add = parser.add_argument_group("run").add_argument
-    add("--workers", type=positive_int, metavar="N", help="calls at a time, at most")
-    add("--max-retries", type=positive_int, metavar="N", help="more tries of one call")
-    silence_help = f"silence that ends a try; if it drips, N tokens / {SLOW_TOKENS_PER_SECOND} more"
-    add("--timeout-seconds", type=float, metavar="S", help=silence_help)
-    add("--max-requests", type=positive_int, metavar="N", help="calls in this run; None: all")
-    add("--dry-run", action="store_true", help="show the first request and totals, send nothing")
+    parser.add_argument(
+        "data", metavar="DATA", help="preference pairs or single answers: a file or a Hub data set"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="OUT", help="file of JSON lines to write"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out bad records and count them, instead of stopping at the first",
+    )
+    add_task_arguments(parser)
+    add_endpoint_arguments(parser)
+    add_run_arguments(parser)
     stated = {item.name: item.default for item in fields(Settings) if item.default is not MISSING}
     parser.set_defaults(**stated | {"header": []})
+    return parser
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("task").add_argument
+    add(
+        "--task",
+        choices=ASKED_SIDES,
+        help="what to ask for: a critique of each response, or a verdict on each pair, once in "
+        "either order",
+    )
+    add(
+        "--n-critiques",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="number of critiques of each response",
+    )
+    add(
+        "--with-critiques",
+        action="store_true",
+        help="show the judge the critiques that the pairs have",
+    )
+    add(
+        "--prompt-file",
+        type=read_text,
+        metavar="FILE",
+        help="text file with the instruction to send in place of the built-in one",
+    )
+
+
+def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("endpoint (its key is read from OPENAI_API_KEY)").add_argument
+    add(
+        "--base-url",
+        type=chat_url,
+        metavar="URL",
+        help="address of the API, such as http://localhost:8000/v1 (default: the environment "
+        "variable OPENAI_BASE_URL)",
+    )
+    add(
+        "--model", required=True, metavar="NAME", help="name of the model, as the endpoint knows it"
+    )
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="sampling temperature (default: the endpoint's own)",
+    )
+    add(
+        "--max-tokens",
+        type=positive_int,
+        metavar="N",
+        help="longest answer in tokens; when it is raised, the same command asks again only for "
+        "answers that were cut off",
+    )
+    add(
+        "--extra-body",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="object with further fields for each request",
+    )
+    add(
+        "--header",
+        metavar="NAME:VALUE",
+        type=header,
+        action="append",
+        default=[],
+        help="further HTTP header; write a secret as 'NAME:$VARIABLE', and it is read from that "
+        "environment variable; may be given several times",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--workers", type=positive_int, metavar="N", help="calls at a time, at most")
+    add(
+        "--max-retries",
+        type=positive_int,
+        metavar="N",
+        help="further tries of a call that fails in a way that may pass",
+    )
+    add(
+        "--timeout-seconds",
+        type=float,
+        metavar="S",
+        help="seconds without a sign of life after which a try is given up; a whole answer may "
+        f"take a second longer for every {SLOW_TOKENS_PER_SECOND} tokens of --max-tokens",
+    )
+    add(
+        "--max-requests",
+        type=positive_int,
+        metavar="N",
+        help="calls in this run, at most (default: as many as are needed)",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="show the first request and how many there would be, and send none",
+    )
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
     check_arguments(args, parser.error)
     args.instruction = args.prompt_file or INSTRUCTIONS[args.task]

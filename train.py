@@ -84,59 +84,245 @@ FLAT_STEPS = 20  # with which the loss is called flat
 # Arguments
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=rm.HelpFormatter
     )
-    data = parser.add_argument_group("data and model")
-    add = data.add_argument
-    add("--model", default="tiny", help="folder, Hub name, or 'tiny' (from scratch)")
-    add("--new-head", action="store_true", help="draw a new head where --model has a reward head")
-    add("--train", help="pairs to train on; None: the embedded ones")
-    add("--test", action="append", help="pairs to test on; may be repeated")
-    either = data.add_mutually_exclusive_group().add_argument
-    either("--valid", metavar="FILE", help="held-back pairs: RUN gets the weights best on them")
-    either("--valid-share", type=fraction, help="hold back the pairs of this share of prompts")
-    add("--no-critiques", action="store_true", help="the baseline r(x, y)")
-    add("--critiques", metavar="FILE", help="take them from there, by pair or by response")
-    add("--max-pairs", type=positive_int, help="the first N in the seeded order")
-    add("--skip-bad", action="store_true", help="leave out bad records, count them")
-    add("--max-length-tokens", type=positive_int, default=2048, help="of a sequence")
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive_int, help="None: 3 for tiny, else 1")
-    add("--batch-pairs", type=positive_int, default=16, help="pairs a step, all ranks")
-    add("--lr", type=positive_float, help="at its peak; None: 1e-5, 1e-4 of adapters, 1e-3 of tiny")
-    add("--warmup-share", type=fraction, default=0.1, help="share of steps in which lr rises")
-    add("--weight-decay", type=fraction, default=0.0, help="AdamW's, of all that is trained")
-    add("--centering", type=float, default=0.0, help="weight of (r⁺ + r⁻)²")
-    add("--average-critiques", action="store_true", help="mean reward, not one drawn an epoch")
-    add("--seed", type=nonnegative_int, default=0, help="of data order, head and tiny model")
+    add_data_arguments(parser)
+    add_training_arguments(parser)
+    add_computing_arguments(parser)
+    add_run_arguments(parser)
+    add_plan_arguments(parser)
+    return parser
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data and model")
+    add = group.add_argument
     add(
-        "--dtype", choices=rm.DTYPES, default="auto", help="to compute in; auto: bf16 if it is fast"
+        "--model",
+        metavar="NAME",
+        default="tiny",
+        help="model to start from: a folder, a name on the Hugging Face Hub, or 'tiny', a two-layer "
+        "model made from scratch",
     )
-    add("--compile", action="store_true", help="compile the blocks: a minute, then faster steps")
-    add("--micro-batch-tokens", type=auto_or_positive, default="auto", help="at once on a rank")
-    add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
-    add("--shard-group", type=positive_int, help="processes that share a replica; None: all")
-    add("--lora-rank", type=positive_int, help="train adapters of this rank; None: all weights")
-    add("--lora-alpha", type=positive_float, help="adapters count alpha / rank; None: 2 ranks")
+    add("--new-head", action="store_true", help="draw a new reward head even if the model has one")
+    add(
+        "--train",
+        metavar="FILE",
+        help="pairs to train on: a file or a Hub data set (default: data/train.jsonl of this "
+        "repository)",
+    )
+    add(
+        "--test",
+        metavar="FILE",
+        action="append",
+        help="pairs to test on after training; may be given several times (default: "
+        "data/test.jsonl of this repository; none with --train)",
+    )
+    either = group.add_mutually_exclusive_group().add_argument
+    either(
+        "--valid",
+        metavar="FILE",
+        help="held-back pairs: the run ends with the weights that have the least log loss on them",
+    )
+    either(
+        "--valid-share",
+        metavar="SHARE",
+        type=fraction,
+        help="hold back the training pairs of this share of the prompts, from 0 to below 1, and "
+        "use them like --valid",
+    )
+    add(
+        "--no-critiques",
+        action="store_true",
+        help="train the baseline r(x, y): leave critiques out of the input",
+    )
+    add(
+        "--critiques",
+        metavar="FILE",
+        help="take the critiques from this file instead; it is searched for the same pair, then "
+        "for the same prompt and response",
+    )
+    add(
+        "--max-pairs",
+        metavar="N",
+        type=positive_int,
+        help="train on N pairs, the first in the order that --seed gives (default: all pairs)",
+    )
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave out bad records and count them, instead of stopping at the first",
+    )
+    add(
+        "--max-length-tokens",
+        metavar="N",
+        type=positive_int,
+        default=2048,
+        help="longest input in tokens, critique included; prompts and responses are cut to fit",
+    )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--epochs",
+        metavar="N",
+        type=positive_int,
+        help="passes over the training pairs (default: 1; 3 for the tiny model)",
+    )
+    add(
+        "--batch-pairs",
+        metavar="N",
+        type=positive_int,
+        default=16,
+        help="pairs in a step, over all processes together",
+    )
+    add(
+        "--lr",
+        metavar="X",
+        type=positive_float,
+        help="learning rate at its peak (default: 1e-5; 1e-4 with --lora-rank; 1e-3 for the tiny "
+        "model)",
+    )
+    add(
+        "--warmup-share",
+        metavar="SHARE",
+        type=fraction,
+        default=0.1,
+        help="share of the steps in which the learning rate rises, from 0 to below 1; then it "
+        "falls to zero along a cosine",
+    )
+    add(
+        "--weight-decay",
+        metavar="X",
+        type=fraction,
+        default=0.0,
+        help="AdamW's weight decay, from 0 to below 1, on all weights that are trained",
+    )
+    add(
+        "--centering",
+        metavar="X",
+        type=float,
+        default=0.0,
+        help="weight of (r⁺ + r⁻)² in the loss, which keeps rewards near zero",
+    )
+    add(
+        "--lora-rank",
+        metavar="R",
+        type=positive_int,
+        help="train low-rank adapters of this rank and the head, and keep all other weights fixed",
+    )
+    add(
+        "--lora-alpha",
+        metavar="A",
+        type=positive_float,
+        help="scale of the adapters: what they add counts A / R (default: 2 R, so that it counts "
+        "twice)",
+    )
+    add(
+        "--average-critiques",
+        action="store_true",
+        help="of several critiques of a response use all and average the rewards, instead of "
+        "drawing one critique each epoch",
+    )
+    add(
+        "--seed",
+        metavar="N",
+        type=nonnegative_int,
+        default=0,
+        help="seed of the data order, of a new head and of the tiny model",
+    )
+
+
+def add_computing_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("computing").add_argument
+    add(
+        "--dtype",
+        choices=rm.DTYPES,
+        default="auto",
+        help="number format to compute in; auto takes bfloat16 where the hardware has units for "
+        "it, else float32; trained weights and the loss are always float32",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the model's blocks: a minute at the start and a C++ compiler, then faster "
+        "steps",
+    )
+    add(
+        "--micro-batch-tokens",
+        metavar="N",
+        type=auto_or_positive,
+        default="auto",
+        help="tokens that a process computes at once; auto takes what saves time and fits the "
+        "memory",
+    )
+    add(
+        "--activation-checkpointing",
+        action="store_true",
+        help="compute activations twice instead of keeping them: less memory, a third more time",
+    )
+    add(
+        "--shard-group",
+        metavar="N",
+        type=positive_int,
+        help="processes that share one copy of the weights (default: all processes)",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run folder").add_argument
-    add("--out", help="folder to write; None: the next free runs/NNN")
-    add("--resume", action="store_true", help="continue the run in --out")
+    add("--out", metavar="RUN", help="folder to write (default: the next free runs/NNN)")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out, or begin it if there is none",
+    )
     add("--overwrite", action="store_true", help="replace the run in --out")
     add(
         "--eval-every-steps",
+        metavar="N",
         type=positive_int,
-        help="on --valid and --test; None: --valid, ten times",
+        help="steps from one look at the --valid and --test pairs to the next (default: ten looks "
+        "a run at --valid, none at --test)",
     )
-    add("--save-every-steps", type=positive_int, default=500, help="for --resume")
-    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard as well")
+    add(
+        "--save-every-steps",
+        metavar="N",
+        type=positive_int,
+        default=500,
+        help="steps from one checkpoint to the next, for --resume; there is one every 10 minutes "
+        "besides",
+    )
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="write the metrics for TensorBoard as well, into the run folder",
+    )
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("plan").add_argument
-    add("--plan", action="store_true", help="print the memory of a process, and end")
-    add("--nproc", type=positive_int, default=1, help="processes to plan for")
-    add("--device-gb", type=positive_float, help="of a GPU; None: this machine's")
+    add(
+        "--plan",
+        action="store_true",
+        help="print the memory that each process needs, part by part, and end without training",
+    )
+    add(
+        "--nproc", metavar="N", type=positive_int, default=1, help="number of processes to plan for"
+    )
+    add(
+        "--device-gb",
+        metavar="GB",
+        type=positive_float,
+        help="memory of each GPU to plan for, in gigabytes (default: that of this machine)",
+    )
+
+
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.new_head and args.model == "tiny":
         parser.error("--new-head goes with --model")
