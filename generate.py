@@ -165,8 +165,8 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--task",
         choices=ASKED_SIDES,
-        help="what to ask for: a critique of each response, or a verdict on each pair, once in "
-        "either order",
+        help="what to ask for: a critique of each response, or a verdict on each pair, "
+        "asked twice with the responses in either order",
     )
     add(
         "--n-critiques",
@@ -210,15 +210,15 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         type=positive_int,
         metavar="N",
-        help="longest answer in tokens; when it is raised, the same command asks again only for "
-        "answers that were cut off",
+        help="length of an answer in tokens, at most; when it is raised, the same command asks "
+        "again only for answers that were cut off",
     )
     add(
         "--extra-body",
         type=json.loads,
         default={},
         metavar="JSON",
-        help="object with further fields for each request",
+        help="JSON object with more fields to send in each request",
     )
     add(
         "--header",
@@ -226,7 +226,7 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
         type=header,
         action="append",
         default=[],
-        help="further HTTP header; write a secret as 'NAME:$VARIABLE', and it is read from that "
+        help="one more HTTP header; write a secret as 'NAME:$VARIABLE', and it is read from that "
         "environment variable; may be given several times",
     )
 
@@ -238,7 +238,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-retries",
         type=positive_int,
         metavar="N",
-        help="further tries of a call that fails in a way that may pass",
+        help="tries after the first of a call that fails in a way that may pass",
     )
     add(
         "--timeout-seconds",
