@@ -133,8 +133,10 @@ def test_files_and_pages_named_in_the_pages_exist():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text()):
             links.append(page.parent / target)
+        for name in re.findall(r"(?<!/)\btests/\w+\.\w+", page.read_text()):
+            links.append(ROOT / name)
     missing = [link for link in links if not link.exists() and link.suffix != ".svg"]
-    assert len(links) > 20 and not missing
+    assert len(links) > 30 and not missing
 
 
 def test_each_page_is_linked_from_the_readme():
@@ -145,6 +147,12 @@ def test_the_readme_is_short():
     without_code = re.sub(r"^ *```.*?^ *```", "", README, flags=re.DOTALL | re.MULTILINE)
     text = [line for line in without_code.splitlines() if not line.startswith("|")]
     assert len(" ".join(text).split()) <= 1300
+
+
+def test_the_tests_that_the_readme_picks_exist():
+    word = re.search(r"`pytest -k (\w+)`", README)[1]
+    others = [path for path in ROOT.glob("tests/test_*.py") if path != Path(__file__)]
+    assert any(re.search(rf"^def test_\w*{word}", path.read_text(), re.MULTILINE) for path in others)
 
 
 def test_the_readme_installs_the_torch_of_the_requirements():
