@@ -1897,7 +1897,7 @@ class MicroBatches(NamedTuple):
     largest_tokens: int  # in larger ones a token costs as much
 
 
-MICRO_BATCHES = {  # by device and dtype, measured by tests/bench_speed.py --charge; see README.md
+MICRO_BATCHES = {  # by device and dtype, measured by tests/bench_speed.py --charge: docs/results.md
     ("cpu", "float32"): MicroBatches(64, 2048),
     ("cpu", "bfloat16"): MicroBatches(256, 2048),
     ("cuda", "float32"): MicroBatches(2048, 16384),

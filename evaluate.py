@@ -1949,6 +1949,8 @@ def compare_scores(args: argparse.Namespace) -> int:
     """Compares the two files of --compare and prints the table."""
     rows = compare(*(read_scores(path) for path in args.compare), args.seed)
     print(to_markdown(rows))
+    if len(rows) > 1:
+        print("\np of subsets: corrected for their number (Holm), so at most 1")
     if args.json:
         table = {"a": args.compare[0], "b": args.compare[1], "rows": [asdict(row) for row in rows]}
         write_json(args.json, table)

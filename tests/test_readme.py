@@ -200,3 +200,27 @@ def test_measuring_scripts_start(name, monkeypatch, capsys):
 def test_what_bench_memory_measures_is_there():
     names = importlib.import_module("bench_memory").PHASES.values()
     assert all(hasattr(train, name) or hasattr(rm, name) for name in names)
+
+
+def sections(name: str) -> dict[str, str]:
+    """The code of a script's sections by their titles, each of which follows a ruled line."""
+    _, *parts = re.split(r"^# -{98}\n# ", (ROOT / f"{name}.py").read_text(), flags=re.MULTILINE)
+    return dict(part.split("\n", 1) for part in parts)
+
+
+@pytest.mark.parametrize("name", ["critique_rm", *SCRIPTS])
+def test_sections_are_those_of_the_docstring_and_of_the_journey(name):
+    docstring = (ROOT / f"{name}.py").read_text().split('"""')[1]
+    listed = re.search(r"^Sections,.*:\n((?:    .*\n)+)", docstring, re.MULTILINE)[1]
+    code = sections(name)
+    assert [line.strip() for line in listed.splitlines()] == list(code)
+    journey = README.partition("## The journey of one pair")[2].partition("\n| file |")[0]
+    steps = re.split(r"^(\d)\. ", journey, flags=re.MULTILINE)[1:]
+    steps = dict(zip(steps[::2], steps[1::2]))
+    numbers = {title[0] for title in code if title[0].isdigit()}
+    assert numbers and numbers <= steps.keys()
+    for number in numbers:
+        functions = re.findall(r"`(?:(\w+)\.)?(\w+)`", steps[number])
+        here = "".join(text for title, text in code.items() if title[0] == number)
+        defined = [name for _, name in functions if f"def {name}(" in here]
+        assert defined, f"step {number} names no function of that section"
