@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from test_generate import arguments, completion, generate, write_pairs
+from chat_server import arguments, completion, generate, write_pairs
 
 ANSWER_SECONDS = 0.2
 ANSWER = completion("The response follows the instruction, is correct, and reads well. " * 8).payload

@@ -1,19 +1,35 @@
-"""Tokenizers and tiny models made in code, a process group of one, and a finished run."""
+"""What several files of tests share: tokenizers, records, tiny models, runs, and servers."""
 
+import contextlib
+import copy
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers import processors, trainers
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,6 +37,16 @@ VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # most tests compare fp32, and several processes
 
 import critique_rm as rm  # noqa: E402
+import generate  # noqa: E402
+import train  # noqa: E402
+from chat_server import KEY, Server, echo  # noqa: E402
+from critique_rm import CritiqueRMError, Message, Pair, read_pairs  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
 
 SENTENCES = [
     "The user asks how many minutes are left; the assistant answers.",
@@ -44,35 +70,84 @@ MISTRAL = (
     "{{ bos_token }}" + TURNS + "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
     "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
-# style: (kind of vocabulary, bos, end, pad, control tokens, other added tokens, chat template)
+
+
+class Style(NamedTuple):
+    """The tokenizer of a family of models."""
+
+    vocabulary: str  # "bytes", or like SentencePiece's: "spaces", "words"
+    bos: str | None
+    end: str
+    pad: str | None
+    control: list[str]
+    others: list[AddedToken]
+    template: str | None
+
+
 STYLES = {
-    "chatml": (
-        *("bytes", None, "<|im_end|>", "<|im_end|>"),
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)],
-        TURNS + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+    "chatml": Style(
+        vocabulary="bytes",
+        bos=None,
+        end="<|im_end|>",
+        pad="<|im_end|>",
+        control=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        others=[AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)],
+        template=TURNS + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
     ),
-    "llama3": (
-        *("bytes", "<|begin_of_text|>", "<|eot_id|>", None),
-        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-        [],
-        LLAMA3,
+    "llama3": Style(
+        vocabulary="bytes",
+        bos="<|begin_of_text|>",
+        end="<|eot_id|>",
+        pad=None,
+        control=["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        others=[],
+        template=LLAMA3,
     ),
-    "gemma": (
-        *("spaces", "<bos>", "<eos>", "<pad>"),
-        ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
-        [AddedToken("\n\n", normalized=False), AddedToken("\n\n\n", normalized=False)],
-        GEMMA,
+    "gemma": Style(
+        vocabulary="spaces",
+        bos="<bos>",
+        end="<eos>",
+        pad="<pad>",
+        control=["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
+        others=[AddedToken("\n\n", normalized=False), AddedToken("\n\n\n", normalized=False)],
+        template=GEMMA,
     ),
-    "mistral": ("words", "<s>", "</s>", None, ["<s>", "</s>", "[INST]", "[/INST]"], [], MISTRAL),
-    "phi3": (
-        *("words", "<s>", "<|end|>", "<|end|>"),
-        ["<s>"],
-        [AddedToken(f"<|{name}|>", rstrip=True) for name in ("user", "assistant", "end")],
-        TURNS + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}",
+    "mistral": Style(
+        vocabulary="words",
+        bos="<s>",
+        end="</s>",
+        pad=None,
+        control=["<s>", "</s>", "[INST]", "[/INST]"],
+        others=[],
+        template=MISTRAL,
     ),
-    "plain": ("words", "<s>", "</s>", "<unk>", ["<unk>", "<s>", "</s>"], [], None),
-    "gpt2": ("bytes", "<|endoftext|>", "<|endoftext|>", None, ["<|endoftext|>"], [], None),
+    "phi3": Style(
+        vocabulary="words",
+        bos="<s>",
+        end="<|end|>",
+        pad="<|end|>",
+        control=["<s>"],
+        others=[AddedToken(f"<|{name}|>", rstrip=True) for name in ("user", "assistant", "end")],
+        template=TURNS + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}",
+    ),
+    "plain": Style(
+        vocabulary="words",
+        bos="<s>",
+        end="</s>",
+        pad="<unk>",
+        control=["<unk>", "<s>", "</s>"],
+        others=[],
+        template=None,
+    ),
+    "gpt2": Style(
+        vocabulary="bytes",
+        bos="<|endoftext|>",
+        end="<|endoftext|>",
+        pad=None,
+        control=["<|endoftext|>"],
+        others=[],
+        template=None,
+    ),
 }
 
 
@@ -107,21 +182,22 @@ def train_vocabulary(kind: str, *control: str) -> str:
 
 def make_tokenizer(style: str) -> PreTrainedTokenizerFast:
     """A fresh tokenizer in the style of a family of models; adds a bos token unless told not to."""
-    kind, bos, end, pad, control, others, template = STYLES[style]
-    backend = Tokenizer.from_str(train_vocabulary(kind, *control))
-    backend.add_special_tokens([AddedToken(t, special=True) for t in control])
-    backend.add_tokens(others)
-    if bos:
+    family = STYLES[style]
+    backend = Tokenizer.from_str(train_vocabulary(family.vocabulary, *family.control))
+    backend.add_special_tokens([AddedToken(token, special=True) for token in family.control])
+    backend.add_tokens(family.others)
+    if family.bos:
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+            single=f"{family.bos} $A",
+            special_tokens=[(family.bos, backend.token_to_id(family.bos))],
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=bos,
-        eos_token=end,
-        pad_token=pad,
-        unk_token="<unk>" if pad == "<unk>" else None,
-        chat_template=template,
+        bos_token=family.bos,
+        eos_token=family.end,
+        pad_token=family.pad,
+        unk_token="<unk>" if family.pad == "<unk>" else None,
+        chat_template=family.template,
     )
 
 
@@ -134,6 +210,61 @@ def style(request) -> str:
 def tokenizer(style: str) -> PreTrainedTokenizerFast:
     return make_tokenizer(style)
 
+
+# --------------------------------------------------------------------------------------------------
+# Records
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def talk(messages: list[dict]) -> tuple[Message, ...]:
+    return tuple(Message(**message) for message in messages)
+
+
+def lines(*records: dict | list) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def write(path, *records: dict) -> str:
+    path.write_bytes(lines(*records))
+    return str(path)
+
+
+ASKED = [user("p")]
+PLAIN = {"id": "a", "prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+def pair(prompt: str | list = "p", chosen: str = "c", rejected: str = "r", **fields) -> Pair:
+    prompt = [user(prompt)] if isinstance(prompt, str) else prompt
+    return Pair(**{"id": "a"} | fields, prompt=talk(prompt), chosen=chosen, rejected=rejected)
+
+
+def complaint(source: str) -> str:
+    with pytest.raises(CritiqueRMError) as caught:
+        read_pairs(source)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+CRITIQUES = {"chosen_critiques": ("right, c",), "rejected_critiques": ("wrong, r",)}
+
+
+def words(letter: str, n: int) -> str:
+    return " ".join(f"{letter}{k}☃" for k in range(n))
+
+
+def sized(n_prompt: int, n_chosen: int, n_rejected: int, **fields) -> Pair:
+    texts = words("p", n_prompt), words("c", n_chosen), words("r", n_rejected)
+    return replace(pair(*texts, **CRITIQUES), **fields)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
 
 @pytest.fixture(scope="session")
 def mesh():
@@ -165,6 +296,108 @@ def make_config() -> Callable:
     return make
 
 
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+ARCHITECTURES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Gemma2": WINDOWS | {"head_dim": 8},
+    "Gemma3Text": WINDOWS | {"head_dim": 8},
+    "Mistral": {"sliding_window": 4},
+    "Qwen3_5Text": LINEAR | {"head_dim": 8},
+    "Jamba": {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
+}
+RECURRENT = ("Qwen3_5Text", "Jamba")
+OTHERS = {  # positions that are learned, or not taken from mask and position_ids
+    "GPT2": {},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "GPTNeo": {"attention_types": [[["global", "local"], 1]], "window_size": 4, "num_layers": 2},
+    "Bloom": {},
+    "Falcon": {"alibi": True},
+    "Mpt": {},
+}
+
+
+def save_tiny(make_config, name: str, folder, **changes) -> str:
+    torch.manual_seed(0)
+    config = make_config(name, **(ARCHITECTURES | OTHERS)[name], **changes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def load(folder: str, mesh, attention: str | None = None, head_seed: int | None = None):
+    config = rm.load_config(folder)
+    config._attn_implementation = attention
+    model = rm.build_model(config, torch.float32, mesh)
+    rm.read_weights(model, folder, CPU, head_seed)
+    return model.train()  # as in training: there must be no dropout
+
+
+def random_groups(*n_critiques: int) -> list[list[np.ndarray]]:
+    """Groups of sequences: a prompt, two responses to it, some critiques of each."""
+    rng = np.random.default_rng(0)
+
+    def draw(low: int, high: int) -> np.ndarray:
+        return rng.integers(1, TINY["vocab_size"], rng.integers(low, high)).astype(np.int32)
+
+    groups = []
+    for n in n_critiques:
+        prompt = draw(5, 12)
+        answers = [np.concatenate([prompt, draw(3, 8)]) for _ in range(2)]
+        groups.append([np.concatenate([a, draw(1, 9)]) for a in answers for _ in range(n)])
+    return groups
+
+
+def rewards_together(model, groups: list[list[np.ndarray]]) -> torch.Tensor:
+    """Rewards from one batch: two tries in its first row, padding in others."""
+    longest, number = max(len(s) for group in groups for s in group), itertools.count()
+    share = rm.shares_prefixes(model, longest)
+    units = [rm.build_tries(group, [next(number) for _ in group], share) for group in groups]
+    rows = [units[0] + units[1], *units[2:]] if share else [[t] for unit in units for t in unit]
+    batch = rm.collate(rows, CPU)
+    return rm.compute_rewards(model, batch, share)[batch.owners.argsort()]
+
+
+def rewards_alone(model, groups: list[list[np.ndarray]]) -> torch.Tensor:
+    """Rewards from Hugging Face's own classifier, sequence by sequence."""
+    ids = [torch.from_numpy(s.astype(np.int64))[None] for group in groups for s in group]
+    return torch.cat([model(input_ids=i).logits[:, 0] for i in ids])
+
+
+def change_weights(**changes: torch.Tensor | None):
+    def change(folder) -> None:
+        tensors = load_file(folder / "model.safetensors") | changes
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def change_config(**changes):
+    def change(folder) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.fixture
+def reward_folder(tmp_path, make_config):
+    """A reward model of others, whose template writes nothing behind its end token."""
+    save_tiny(make_config, "Llama", tmp_path)
+    make_tokenizer("llama3").save_pretrained(tmp_path)
+    return tmp_path
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def start_script(name: str, *arguments: object, processes: int = 1) -> subprocess.Popen:
     """Starts a script as its users do, with one thread a process."""
     launcher = [sys.executable]
@@ -179,11 +412,38 @@ def start_script(name: str, *arguments: object, processes: int = 1) -> subproces
     )
 
 
-def run_script(name: str, *arguments: object, processes: int = 1) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a script."""
+class Ended(NamedTuple):
+    """What a script left."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run_script(name: str, *arguments: object, processes: int = 1) -> Ended:
     process = start_script(name, *arguments, processes=processes)
-    out, err = process.communicate()
-    return process.returncode, out, err
+    stdout, stderr = process.communicate()
+    return Ended(process.returncode, stdout, stderr)
+
+
+def run_here(*arguments: object) -> dict:
+    return train.run(train.parse_arguments([str(argument) for argument in arguments]))
+
+
+@contextlib.contextmanager
+def stopped_at(step: int) -> Iterator[None]:
+    """train.py, in this process, is told to end while it computes that step of those to come."""
+    compute_step = train.train_step
+    steps = itertools.count(1)
+
+    def train_step(*args) -> dict[str, float]:
+        if next(steps) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return compute_step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", train_step)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -202,10 +462,112 @@ def small(test_file) -> list[object]:
     return [*size, "--train", ROOT / "data" / "train.jsonl", "--test", test_file]
 
 
+class Finished(NamedTuple):
+    """A run that has ended."""
+
+    folder: Path
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, small) -> tuple[Path, str, str]:
-    """The folder, stdout and stderr of a short run."""
+def finished(tmp_path_factory, small) -> Finished:
+    """A short run."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    code, out, err = run_script("train.py", *small, "--out", folder)
-    assert code == 0, err
-    return folder, out, err
+    code, stdout, stderr = run_script("train.py", *small, "--out", folder)
+    assert code == 0, stderr
+    return Finished(folder, stdout, stderr)
+
+
+ADAPTERS = ["--lora-rank", 4, "--lr", 1e-3]
+
+
+@pytest.fixture(scope="session")
+def by_two(finished, small, test_file, tmp_path_factory) -> Path:
+    """What two processes leave that start once: a run, one of adapters, and scores of `finished`.
+
+    run, adapted: the folders; table.json, scores.jsonl, table.md: what evaluate.py writes.
+    """
+    folder = tmp_path_factory.mktemp("by_two")
+    adapted = ["--model", finished.folder, *ADAPTERS, "--out", folder / "adapted"]
+    written = ["--json", folder / "table.json", "--save-scores", folder / "scores.jsonl"]
+    commands = [
+        ["train", *small, "--out", folder / "run"],
+        ["train", *small, *adapted],
+        ["evaluate", finished.folder, "--data", test_file, *written],
+    ]
+    code, stdout, stderr = run_script("tests/in_turn.py", json.dumps(commands, default=str), processes=2)
+    assert code == 0, stderr
+    (folder / "table.md").write_text(stdout[stdout.index("| ") :])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untouched(mesh, tmp_path_factory):
+    """The tiny model in this process, and 8 encoded pairs."""
+    args = train.parse_arguments(["--batch-pairs", "8", "--micro-batch-tokens", "512"])
+    pairs = rm.read_pairs(args.train)[:8]
+    model, encoder = train.prepare_model(args, tmp_path_factory.mktemp("tiny"), pairs)
+    return args, model, encoder.encode_pairs(pairs, "pairs")
+
+
+@pytest.fixture
+def model_and_pairs(untouched):
+    """The same for one test, which may change arguments and weights."""
+    args, model, pairs = untouched
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    yield copy.copy(args), model, pairs
+    model.load_state_dict(before)
+    model.zero_grad()
+
+
+# --------------------------------------------------------------------------------------------------
+# generate.py
+
+@pytest.fixture
+def clean_process(monkeypatch, tmp_path):
+    """No endpoint from outside, quick retries, and the signal handlers as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(generate, "BACKOFF_SECONDS", 0.005)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def serve(clean_process):
+    """Starts servers: `serve(reply)`."""
+    servers = []
+
+    def start(reply=echo) -> Server:
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+class Run(NamedTuple):
+    code: int
+    counts: dict
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(clean_process, capsys):
+    """Runs generate.py in this process: `run(server, *flags)` on pairs.jsonl, into out.jsonl."""
+
+    def start(server: Server | None, *flags: str, pairs="pairs.jsonl", output="out.jsonl") -> Run:
+        url = ["--base-url", server.url] if server else []
+        code = generate.main([pairs, "--output", output, "--model", "m", *url, *flags])
+        captured = capsys.readouterr()
+        lines = captured.out.splitlines()
+        counts = json.loads(lines[-1]) if lines else {}
+        return Run(code, counts, captured.out, captured.err)
+
+    return start

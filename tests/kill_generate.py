@@ -16,7 +16,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from test_generate import Reply, Request, Server, echo, fork, read_rows, write_pairs
+from chat_server import Reply, Request, Server, echo, fork, read_rows, write_pairs
 
 
 def main() -> int:

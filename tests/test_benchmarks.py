@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import evaluate
+from conftest import write
 from critique_rm import PairScore, read_pairs
-from test_critique_rm import write
 
 
 def group_scores(

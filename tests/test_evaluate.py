@@ -15,9 +15,8 @@ import pytest
 
 import evaluate
 import generate
-from conftest import run_script
 from critique_rm import CritiqueRMError, Message, Pair, PairScore, read_answers, read_pairs
-from test_generate import Server, completion
+from chat_server import Server, completion
 
 ROOT = Path(__file__).parent.parent
 
@@ -848,18 +847,16 @@ def test_rm_bench_rows_print_their_matrix(finished, mesh, capsys, tmp_path):
     assert sorted(heads, key=out.index) == heads
 
 
-def test_evaluating_a_run_repeats_its_test(finished, test_file, tmp_path):
+def test_evaluating_a_run_repeats_its_test(finished, by_two):
+    """In two processes, though it was tested by one."""
     folder, out, _ = finished
-    table, scores = tmp_path / "table.json", tmp_path / "scores.jsonl"
-    options = ["--data", test_file, "--json", table, "--save-scores", scores]
-    code, markdown, err = run_script("evaluate.py", folder, *options, processes=2)
-    assert code == 0, err
     accuracy = json.loads(out.splitlines()[-1])["test_accuracy"]
+    markdown = (by_two / "table.md").read_text()
     assert markdown.splitlines()[2].startswith(f"| all | 12 | {accuracy:.3f} |")
-    assert json.loads(table.read_text())["rows"][0]["accuracy"] == accuracy
+    assert json.loads((by_two / "table.json").read_text())["rows"][0]["accuracy"] == accuracy
     mine, trained = (
         [json.loads(line)["chosen_reward"] for line in path.read_text().splitlines()]
-        for path in (scores, folder / "scores-test.jsonl")
+        for path in (by_two / "scores.jsonl", folder / "scores-test.jsonl")
     )
     np.testing.assert_allclose(mine, trained, atol=1e-5)
 

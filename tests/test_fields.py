@@ -10,8 +10,8 @@ from datetime import datetime
 import pytest
 
 import critique_rm as rm
+from conftest import PLAIN, assistant, complaint, lines, pair, talk, user, write
 from critique_rm import Answer, CritiqueRMError, Message, Pair, read_pairs
-from test_critique_rm import PLAIN, assistant, complaint, lines, pair, talk, user, write
 
 BARE = {"id": "a", "chosen": "c", "rejected": "r"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}

@@ -9,8 +9,7 @@ import torch
 
 import critique_rm as rm
 import train
-from test_lora import stop_after
-from test_train import read_lines, run_here
+from conftest import read_lines, run_here, stopped_at
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,10 +43,17 @@ def test_the_best_step_is_the_first_with_the_least_log_loss():
 
 
 @pytest.fixture(scope="module")
-def overfitting(test_file) -> list[object]:
+def six_pairs(test_file, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "test.jsonl"
+    path.write_text("".join(test_file.read_text().splitlines(keepends=True)[:6]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def overfitting(six_pairs) -> list[object]:
     """Arguments of a run of 12 steps that gets worse on purpose: few pairs, a large rate."""
     size = ["--max-pairs", 12, "--batch-pairs", 4, "--epochs", 4, "--lr", 2e-2]
-    data = ["--train", ROOT / "data" / "train.jsonl", "--test", test_file, "--valid", test_file]
+    data = ["--train", ROOT / "data" / "train.jsonl", "--test", six_pairs, "--valid", six_pairs]
     return [*size, *data, "--eval-every-steps", 2]
 
 
@@ -67,7 +73,7 @@ def best(overfitting, mesh, tmp_path_factory):
     return folder, seen
 
 
-def test_an_overfitting_run_ends_with_the_weights_of_its_best_evaluation(best, test_file):
+def test_an_overfitting_run_ends_with_the_weights_of_its_best_evaluation(best):
     folder, seen = best
     rows = [row for row in read_lines(folder / "metrics.jsonl") if "valid_log_loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
@@ -81,7 +87,7 @@ def test_an_overfitting_run_ends_with_the_weights_of_its_best_evaluation(best, t
         "step": rows[k]["step"],
         "valid_log_loss": losses[k],
         "valid_accuracy": rows[k]["valid_accuracy"],
-        "valid_pairs": 12,
+        "valid_pairs": 6,
     }
     # the definition, from the scores that the folder itself gives: the test file is the same here
     scores = read_lines(folder / "scores-test.jsonl")
@@ -98,8 +104,7 @@ def test_an_interrupted_run_ends_with_the_same_best_weights_to_the_bit(
     """Though its newest checkpoint, at times the best one, is lost each time."""
     flags = [*overfitting, "--out", tmp_path, "--resume", "--save-every-steps", 5]
     for n_steps in (5, 5):
-        with monkeypatch.context() as patch, pytest.raises(rm.CritiqueRMError, match="interrupted"):
-            stop_after(n_steps, patch)
+        with stopped_at(n_steps), pytest.raises(rm.CritiqueRMError, match="interrupted"):
             run_here(*flags)
         newest = max((tmp_path / "checkpoints").iterdir())
         (newest / "checksums.json").unlink()

@@ -13,8 +13,7 @@ from transformers import LlamaForSequenceClassification
 
 import critique_rm as rm
 import train
-from conftest import run_script
-from test_train import read_lines, run_here
+from conftest import ADAPTERS, read_lines, run_here, stopped_at
 
 RANK, ALPHA = 4, 6.0
 
@@ -201,42 +200,24 @@ def test_the_check_after_saving_notices_another_head_where_weights_are_rounded(f
 def adapted(finished, small, mesh, tmp_path_factory) -> Path:
     """The folder of a run of adapters."""
     folder = tmp_path_factory.mktemp("lora") / "run"
-    run_here(*small, "--model", finished[0], "--lora-rank", RANK, "--lr", "1e-3", "--out", folder)
+    run_here(*small, "--model", finished[0], *ADAPTERS, "--out", folder)
     return folder
 
 
-def test_two_processes_train_the_same_adapters(finished, small, adapted, tmp_path):
-    flags = [*small, "--model", finished[0], "--lora-rank", RANK, "--lr", "1e-3"]
-    code, _, err = run_script("train.py", *flags, "--out", tmp_path / "run", processes=2)
-    assert code == 0, err
+def test_two_processes_train_the_same_adapters(adapted, by_two):
     for name, column in (("metrics.jsonl", "grad_norm"), ("scores-test.jsonl", "chosen_reward")):
-        one, two = (read_lines(folder / name) for folder in (adapted, tmp_path / "run"))
+        one, two = (read_lines(folder / name) for folder in (adapted, by_two / "adapted"))
         expected = [row[column] for row in one]
         np.testing.assert_allclose([row[column] for row in two], expected, rtol=1e-3, atol=1e-3)
-
-
-def stop_after(step: int, monkeypatch) -> None:
-    """The process is told to end while it computes a step."""
-    original = train.train_step
-    left = [step]
-
-    def train_step(*args):
-        left[0] -= 1
-        if left[0] == 0:
-            train.signal.raise_signal(train.signal.SIGTERM)
-        return original(*args)
-
-    monkeypatch.setattr(train, "train_step", train_step)
 
 
 def test_an_interrupted_run_of_adapters_ends_the_same_to_the_bit(
     finished, small, adapted, tmp_path, monkeypatch
 ):
-    flags = [*small, "--model", finished[0], "--lora-rank", RANK, "--lr", "1e-3", "--resume"]
+    flags = [*small, "--model", finished[0], *ADAPTERS, "--resume"]
     flags += ["--out", tmp_path, "--save-every-steps", "2"]
     for n_steps in (1, 3):
-        with monkeypatch.context() as patch, pytest.raises(rm.CritiqueRMError, match="interrupted"):
-            stop_after(n_steps, patch)
+        with stopped_at(n_steps), pytest.raises(rm.CritiqueRMError, match="interrupted"):
             run_here(*flags)
     checkpoint = max((tmp_path / "checkpoints").iterdir())
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
@@ -253,8 +234,7 @@ def test_adapters_are_not_resumed_on_other_weights(adapted, small, finished, tmp
     base = tmp_path / "base"
     shutil.copytree(finished[0], base)
     flags = [*small, "--model", base, "--lora-rank", RANK, "--out", tmp_path / "run", "--resume"]
-    with monkeypatch.context() as patch, pytest.raises(rm.CritiqueRMError, match="interrupted"):
-        stop_after(1, patch)
+    with stopped_at(1), pytest.raises(rm.CritiqueRMError, match="interrupted"):
         run_here(*flags)
     data = bytearray((base / "model.safetensors").read_bytes())
     data[-1] ^= 1

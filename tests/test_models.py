@@ -2,34 +2,40 @@
 
 import json
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY, make_tokenizer, run_script
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import critique_rm as rm
 import evaluate
 import train
-from critique_rm import Answer, CritiqueRMError
-from test_critique_rm import (
+from conftest import (
     CPU,
+    TINY,
     assistant,
     change_config,
     change_weights,
     load,
+    make_tokenizer,
     random_groups,
     rewards_alone,
     rewards_together,
+    run_here,
+    run_script,
     save_tiny,
     talk,
     user,
 )
+from critique_rm import Answer, CritiqueRMError
 
 ANSWERS = [("Name a river", "The Po."), ("Name a river", "A cloud, perhaps."), ("2 + 2?", "5")]
 
@@ -252,14 +258,16 @@ def test_a_head_with_a_bias_is_refused(reward_folder, mesh):
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
-def test_training_on_goes_on_from_the_same_rewards(reward_folder, test_file, tmp_path, pad):
+def test_training_on_goes_on_from_the_same_rewards(
+    reward_folder, test_file, mesh, tmp_path, pad, capsys
+):
     """Steps of 1e-30 change nothing: the run scores as evaluate.py scores what it began with."""
     tokenizer = make_tokenizer("chatml")
     change_config(pad_token_id=tokenizer.convert_tokens_to_ids(pad))(reward_folder)
     before, run = tmp_path / "before.jsonl", tmp_path / "run"
     data = ["--train", test_file, "--test", test_file, "--max-length-tokens", 1024]
-    code, _, err = run_script("train.py", "--model", reward_folder, *data, "--lr", 1e-30, "--out", run)
-    assert code == 0 and "its head is kept" in err
+    run_here("--model", reward_folder, *data, "--lr", 1e-30, "--out", run)
+    assert "its head is kept" in capsys.readouterr().err
     options = ["--data", test_file, "--max-length-tokens", "1024", "--save-scores", before]
     for folder in (reward_folder, run):
         args = evaluate.parse_arguments([str(folder), *map(str, options)])
@@ -516,4 +524,3 @@ def test_a_debugging_developer_sees_the_traceback(tmp_path, monkeypatch):
     code, _, err = run_script("train.py", "--model", tmp_path, "--out", tmp_path / "run")
     assert code == 1 and "Traceback" in err
     assert err.splitlines()[-1].startswith(f"train.py: {tmp_path}: no usable config.json")
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What README.md, docs/, the scripts' docstrings and reproduce.sh say is what the scripts do."""
+"""What README.md, docs/ and the scripts' docstrings say is what the scripts do."""
 
 import importlib
 import json
@@ -14,8 +14,8 @@ import pytest
 
 import critique_rm as rm
 import make_flags
-import test_critique_rm
 import test_fields
+import test_records
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -57,34 +57,6 @@ def test_documented_command_is_accepted(words, monkeypatch, tmp_path):
 
 def test_commands_of_all_scripts_are_documented():
     assert {words[0] for words in commands()} >= {f"{name}.py" for name in SCRIPTS}
-
-
-STUB = """\
-#!/bin/bash
-# writes down how it was called, and answers as the real one does
-printf '%s\\0' "${0##*/}" "$@" >> "$CALLS"
-printf '\\n' >> "$CALLS"
-if [[ $1 == -c && $2 == *read_pairs* ]]; then echo 304; fi
-if [[ $1 == *evaluate.py ]]; then echo table; fi
-exit 0
-"""
-
-
-def test_the_commands_of_reproduce_sh_are_accepted(tmp_path):
-    """Runs the script with `python` and `torchrun` that only write down how they were called."""
-    for name in ("python", "torchrun"):
-        (tmp_path / name).write_text(STUB)
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    settings = {"PATH": path, "CALLS": str(tmp_path / "calls"), "SEEDS": "0", "SIZES": "32"}
-    subprocess.run([ROOT / "tests/reproduce.sh", tmp_path / "out"], env=os.environ | settings, check=True)
-    calls = [line.split("\0")[1:-1] for line in (tmp_path / "calls").read_text().splitlines()]
-    scripts = [call for call in calls if call[0].endswith(".py")]
-    names = [Path(call[0]).stem for call in scripts]
-    assert names.count("train") == 9  # two of all pairs, two of 32, four shuffled, one weak
-    assert names.count("evaluate") == 5  # two comparisons, probes, plain, the curve
-    for script, *arguments in scripts:
-        importlib.import_module(Path(script).stem).parse_arguments(arguments)
 
 
 @pytest.mark.parametrize("code", code_blocks("python"), ids=lambda code: code.strip().splitlines()[-1])
@@ -135,7 +107,7 @@ def test_files_and_pages_named_in_the_pages_exist():
             links.append(page.parent / target)
         for name in re.findall(r"(?<!/)\btests/\w+\.\w+", page.read_text()):
             links.append(ROOT / name)
-    missing = [link for link in links if not link.exists() and link.suffix != ".svg"]
+    missing = [link for link in links if not link.exists()]
     assert len(links) > 30 and not missing
 
 
@@ -181,7 +153,7 @@ def test_the_page_of_data_names_each_format_that_is_read():
     sentence = re.search(r"in the formats of (.*?) or ours:", text)[1]
     without_details = re.sub(r" \(.*?\)", "", sentence)
     named = {name for name in re.split(", ?", without_details) if name}
-    tested = {name.partition(",")[0] for name in {**test_critique_rm.FORMATS, **test_fields.READ}}
+    tested = {name.partition(",")[0] for name in {**test_records.FORMATS, **test_fields.READ}}
     assert {*rm.LABELLED} <= named <= tested
 
 
