@@ -98,9 +98,7 @@ def test_an_overfitting_run_ends_with_the_weights_of_its_best_evaluation(best):
     assert rows[k]["valid_accuracy"] == (margins > 0).double().mean().item()
 
 
-def test_an_interrupted_run_ends_with_the_same_best_weights_to_the_bit(
-    best, overfitting, tmp_path, monkeypatch
-):
+def test_an_interrupted_run_ends_with_the_same_best_weights_to_the_bit(best, overfitting, tmp_path):
     """Though its newest checkpoint, at times the best one, is lost each time."""
     flags = [*overfitting, "--out", tmp_path, "--resume", "--save-every-steps", 5]
     for n_steps in (5, 5):

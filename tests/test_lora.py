@@ -212,7 +212,7 @@ def test_two_processes_train_the_same_adapters(adapted, by_two):
 
 
 def test_an_interrupted_run_of_adapters_ends_the_same_to_the_bit(
-    finished, small, adapted, tmp_path, monkeypatch
+    finished, small, adapted, tmp_path
 ):
     flags = [*small, "--model", finished[0], *ADAPTERS, "--resume"]
     flags += ["--out", tmp_path, "--save-every-steps", "2"]
@@ -230,7 +230,7 @@ def test_an_interrupted_run_of_adapters_ends_the_same_to_the_bit(
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in whole]
 
 
-def test_adapters_are_not_resumed_on_other_weights(adapted, small, finished, tmp_path, monkeypatch):
+def test_adapters_are_not_resumed_on_other_weights(small, finished, mesh, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(finished[0], base)
     flags = [*small, "--model", base, "--lora-rank", RANK, "--out", tmp_path / "run", "--resume"]

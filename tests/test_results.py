@@ -86,7 +86,7 @@ def test_run_is_a_plain_hugging_face_folder(finished):
     assert score(text, add_special_tokens=False)[0]["score"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_model_card_scores_as_it_says(finished, monkeypatch):
+def test_model_card_scores_as_it_says(finished):
     folder, _, _ = finished
     pair = rm.read_pairs(str(ROOT / "data" / "test.jsonl"))[0]
     code = (folder / "README.md").read_text().split("```")[1].removeprefix("python\n")

@@ -55,7 +55,7 @@ def test_resuming_a_finished_run_with_other_data_is_refused(finished, small, mes
         run_here(*small, "--out", copy, "--resume")
 
 
-def test_overwrite_does_not_start_anew_at_each_restart(finished, small, monkeypatch):
+def test_overwrite_does_not_start_anew_at_each_restart(finished, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(rm.CritiqueRMError, match="exists; choose another"):
         train.claim_folder(train.parse_arguments(["--out", str(finished[0]), "--overwrite"]))
