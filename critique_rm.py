@@ -1885,9 +1885,11 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
-def build_tries(sequences: Sequence[np.ndarray], owners: Sequence[int], share: bool) -> list[Trie]:
+def build_tries(
+    sequences: Sequence[np.ndarray], owners: Sequence[int], share_prefixes: bool
+) -> list[Trie]:
     """One trie of all sequences, or one of each where a model cannot share prefixes."""
-    if share:
+    if share_prefixes:
         return [build_trie(sequences, owners)]
     return [build_trie([sequence], [owner]) for sequence, owner in zip(sequences, owners)]
 
@@ -1909,7 +1911,7 @@ def pack(
     units: Sequence[list[Trie]],
     budget_tokens: int,
     charge_tokens: int,
-    share: bool,
+    share_prefixes: bool,
     rank: int = 0,
     n_ranks: int = 1,
 ) -> list[list[list[Trie]]]:
@@ -1938,7 +1940,7 @@ def pack(
         costs = []
         n_data = 0
         while waiting and len(rows) < max_rows:
-            row = _fill_row(waiting, width, share)
+            row = _fill_row(waiting, width, share_prefixes)
             rows.append(row)
             n_data += sum(map(unit_tokens, row))
             if len(rows) % n_ranks == 0 or not waiting:
@@ -1950,11 +1952,13 @@ def pack(
                 insort(waiting, unit, key=_longest_first)
         own_rows = rows[:n_rows][rank::n_ranks]
         own_tries = [list(itertools.chain(*row)) for row in own_rows]
-        batches.append(own_tries if share else [[trie] for row in own_tries for trie in row])
+        if not share_prefixes:  # the tries of a unit each take a row
+            own_tries = [[trie] for row in own_tries for trie in row]
+        batches.append(own_tries)
     return batches
 
 
-def _fill_row(waiting: list[list[Trie]], width: int, share: bool) -> list[list[Trie]]:
+def _fill_row(waiting: list[list[Trie]], width: int, share_prefixes: bool) -> list[list[Trie]]:
     """Takes units from those that wait, longest first: the longest that fits, until none does."""
     row = []
     space = width
@@ -1964,7 +1968,7 @@ def _fill_row(waiting: list[list[Trie]], width: int, share: bool) -> list[list[T
             return row
         unit = waiting.pop(n)
         row.append(unit)
-        space = space - unit_tokens(unit) if share else 0
+        space = space - unit_tokens(unit) if share_prefixes else 0
 
 
 def unit_tokens(unit: list[Trie]) -> int:
@@ -2355,7 +2359,7 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.forward = torch.compile(block.forward, dynamic=True)
 
 
-def warm_up(model: PreTrainedModel, share: bool, budget_tokens: int) -> None:
+def warm_up(model: PreTrainedModel, share_prefixes: bool, budget_tokens: int) -> None:
     """Compiles for training now, on shapes that do not follow the data.
 
     What is generated depends on the first shapes that come: for small ones it keeps to one core. A
@@ -2372,7 +2376,7 @@ def warm_up(model: PreTrainedModel, share: bool, budget_tokens: int) -> None:
     with errors_as(advice, Exception):  # of many kinds
         for n_rows in (1, 2):  # one row is compiled apart
             batch = collate([row] * n_rows, device)
-            compute_rewards(model, batch, share).sum().backward()
+            compute_rewards(model, batch, share_prefixes).sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
 
@@ -2668,20 +2672,20 @@ def shares_prefixes(model: PreTrainedModel, longest: int) -> bool:
     known = {n: shared for n, shared in _layouts(model).items() if n >= longest}
     if known:
         return known[min(known)]
-    share = _find_layout(model, longest)
-    if share is None:
+    share_prefixes = _find_layout(model, longest)
+    if share_prefixes is None:
         is_long = _find_layout(model, 16) is not None
         advice = "lower --max-length-tokens" if is_long else "take another model"
         raise CritiqueRMError(
             f"in this {model.config.model_type} model, of up to {longest} tokens, a reward depends "
             f"on what else is computed with it; {advice}"
         )
-    if not share:
+    if not share_prefixes:
         log(
             f"this {model.config.model_type} model reads one sequence a row, without shared prefixes"
         )
-    _layouts(model)[longest] = share
-    return share
+    _layouts(model)[longest] = share_prefixes
+    return share_prefixes
 
 
 def _layouts(model: PreTrainedModel) -> dict[int, bool]:
@@ -2710,8 +2714,10 @@ def _find_layout(model: PreTrainedModel, longest: int) -> bool | None:
     sequences, alone = _compute_alone(model, max(longest, 8))
     is_exact = alone[0].dtype == torch.float32
     rounding, most = (1e-4, 1e-4) if is_exact else (0.06, 0.2)
-    of_tries = _difference(model, sequences, alone, share=True)
-    of_rows = 0.0 if of_tries < rounding else _difference(model, sequences, alone, share=False)
+    of_tries = _difference(model, sequences, alone, share_prefixes=True)
+    of_rows = 0.0
+    if not of_tries < rounding:  # it may be NaN
+        of_rows = _difference(model, sequences, alone, share_prefixes=False)
     reshard(model)
     if not of_rows < most:
         return None
@@ -2741,7 +2747,7 @@ def _compute_alone(model: PreTrainedModel, longest: int) -> tuple[list[np.ndarra
 
 
 def _difference(
-    model: PreTrainedModel, sequences: list[np.ndarray], alone: list[Tensor], share: bool
+    model: PreTrainedModel, sequences: list[np.ndarray], alone: list[Tensor], share_prefixes: bool
 ) -> float:
     """How far states of sequences computed together are from those alone: the largest mean of one.
 
@@ -2750,11 +2756,11 @@ def _difference(
     """
     device = alone[0].device
     short, long, other = sequences
-    tries = [build_trie([other], [2]), *build_tries([short, long], [0, 1], share)]
-    batch = collate([tries] if share else [[trie] for trie in tries], device)
+    tries = [build_trie([other], [2]), *build_tries([short, long], [0, 1], share_prefixes)]
+    batch = collate([tries] if share_prefixes else [[trie] for trie in tries], device)
     largest = torch.zeros((), device=device)
     try:
-        together = hidden_states(model, batch, share).float()
+        together = hidden_states(model, batch, share_prefixes).float()
     except Exception:  # a model that takes no such masks
         largest += math.inf
     else:
@@ -2769,10 +2775,10 @@ def _difference(
     return largest.item()
 
 
-def hidden_states(model: PreTrainedModel, batch: Batch, share: bool) -> Tensor:
+def hidden_states(model: PreTrainedModel, batch: Batch, share_prefixes: bool) -> Tensor:
     """The last hidden states (R, T, H) of a micro-batch, whose rows hold tries or one sequence."""
     trunk, _ = trunk_and_head(model)
-    if share:
+    if share_prefixes:
         masks = attention_masks(batch, model.config)
     else:  # the model makes its own masks from what is not padding
         columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
@@ -2782,13 +2788,13 @@ def hidden_states(model: PreTrainedModel, batch: Batch, share: bool) -> Tensor:
     ).last_hidden_state
 
 
-def compute_rewards(model: PreTrainedModel, batch: Batch, share: bool) -> Tensor:
+def compute_rewards(model: PreTrainedModel, batch: Batch, share_prefixes: bool) -> Tensor:
     """Rewards (S,) fp32 of the sequences of a micro-batch, read at each one's last token.
 
     `share`: the rows hold tries (see `shares_prefixes`), else one sequence each.
     """
     _, head = trunk_and_head(model)
-    hidden = hidden_states(model, batch, share)[batch.last[0], batch.last[1]]  # (S, H)
+    hidden = hidden_states(model, batch, share_prefixes)[batch.last[0], batch.last[1]]  # (S, H)
     return head(hidden.float()).squeeze(-1)  # (S,)
 
 
@@ -2980,7 +2986,7 @@ def score_groups(
     A collective call: every rank scores its share and all of them get all the rewards.
     """
     longest = max((len(s) for group in groups for s in group), default=0)
-    share = shares_prefixes(model, longest)
+    share_prefixes = shares_prefixes(model, longest)
     # A block has about 12 H² weights: in a row of 2 H tokens attention, which is slower for each
     # operation, takes as long as they do. Longer rows share more, but not enough to pay for it.
     row_tokens = min(budget_tokens, 2 * model.config.hidden_size)
@@ -2994,15 +3000,15 @@ def score_groups(
             for sequence in part:
                 owners.append(len(numbers))
                 numbers[sequence.tobytes()] = len(numbers)
-            units += [[trie] for trie in build_tries(part, owners, share)]
+            units += [[trie] for trie in build_tries(part, owners, share_prefixes)]
     device = next(model.parameters()).device
     ranks = (dist.get_rank(), dist.get_world_size())
     scored = [np.empty(0, np.int32)]  # numbers, and beside them
     rewards = [torch.empty(0, device=device)]
-    for rows in pack(units, budget_tokens, charge_tokens(model), share, *ranks):
+    for rows in pack(units, budget_tokens, charge_tokens(model), share_prefixes, *ranks):
         batch = collate(rows, device)
         scored.append(batch.owners)
-        rewards.append(compute_rewards(model, batch, share))
+        rewards.append(compute_rewards(model, batch, share_prefixes))
     reshard(model)
     of_all_ranks = torch.zeros(len(numbers), dtype=torch.float64, device=device)
     own = torch.from_numpy(np.concatenate(scored)).to(device)

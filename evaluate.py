@@ -957,7 +957,7 @@ def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Diffe
     prompts = np.array([one.prompt_id for one, _ in common])
     right = np.array([[s.chosen_reward > s.rejected_reward for s in two] for two in common], float)
 
-    def measure(name: str, selected: np.ndarray) -> Difference:
+    def difference_in(name: str, selected: np.ndarray) -> Difference:
         of_a, of_b = right[selected].T  # (n,) 1 where the scorer is right
         low, high = bootstrap_interval(of_a - of_b, prompts[selected], seed)
         accuracy_a = float(of_a.mean())
@@ -975,11 +975,11 @@ def compare(a: list[PairScore], b: list[PairScore], seed: int = 0) -> list[Diffe
             only_B_right=int((of_b > of_a).sum()),
         )
 
-    whole = measure("all", np.full(n, True))
+    whole = difference_in("all", np.full(n, True))
     names = sorted(set(subsets))
     if len(names) == 1:
         return [whole]
-    rows = [measure(name or "(none)", subsets == name) for name in names]
+    rows = [difference_in(name or "(none)", subsets == name) for name in names]
     adjusted = adjust_holm([row.p for row in rows])
     return [whole, *(replace(row, p=p) for row, p in zip(rows, adjusted))]
 

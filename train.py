@@ -67,7 +67,7 @@ from critique_rm import log, nonnegative_int, positive_int
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-Tests = dict[str, list[EncodedPair]]  # by file
+TestSets = dict[str, list[EncodedPair]]  # by file
 
 DATA = Path(__file__).parent / "data"
 MAY_CHANGE_ON_RESUME = (
@@ -77,7 +77,7 @@ MAY_CHANGE_ON_RESUME = (
     "dtype",  # what "auto" came to must be the same
 )
 SAVE_EVERY_SECONDS = 600  # whatever --save-every-steps says
-FILE_BYTES = 2**26  # in a file of a checkpoint, of each rank
+CHECKPOINT_FILE_BYTES = 2**26  # in a file of a checkpoint, of each rank
 FLAT_STEPS = 20  # with which the loss is called flat
 
 # --------------------------------------------------------------------------------------------------
@@ -767,7 +767,7 @@ def save_checkpoint(
     rm.barrier(f"the checkpoint after step {step}")
     draft, final = folder / "checkpoints" / "draft", checkpoint_path(folder, step)
     tensors = checkpoint_tensors(model, optimizer)
-    rm.write_tensors(draft, tensors, FILE_BYTES * dist.get_world_size())
+    rm.write_tensors(draft, tensors, CHECKPOINT_FILE_BYTES * dist.get_world_size())
     sums = checksums(draft)
 
     def publish() -> None:
@@ -881,8 +881,8 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer update over the pairs of all ranks; returns the metrics of the whole step."""
     device = next(model.parameters()).device
-    share = rm.shares_prefixes(model, longest_sequence(pairs))
-    batches = pack_step(model, pairs, epoch, share, args)
+    share_prefixes = rm.shares_prefixes(model, longest_sequence(pairs))
+    batches = pack_step(model, pairs, epoch, share_prefixes, args)
     margins = np.array([encoded.pair.margin for encoded in pairs], np.float32)
     has_replica = model.score.weight.device_mesh.shape[-1] == 1
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, margin, reward
@@ -893,7 +893,7 @@ def train_step(
     for n, rows in enumerate(batches, 1):
         rm.keep_gathered(model, has_replica and n < len(batches))
         batch = rm.collate(rows, device)
-        rewards = rm.compute_rewards(model, batch, share)
+        rewards = rm.compute_rewards(model, batch, share_prefixes)
         chosen, rejected, pair_ids = mean_per_side(rewards, batch.owners)
         targets = rm.to_device(margins[pair_ids], device)
         loss = rm.pairwise_loss(chosen, rejected, targets, args.centering)
@@ -934,16 +934,20 @@ def train_step(
 
 
 def pack_step(
-    model: PreTrainedModel, pairs: list[EncodedPair], epoch: int, share: bool, args: Namespace
+    model: PreTrainedModel,
+    pairs: list[EncodedPair],
+    epoch: int,
+    share_prefixes: bool,
+    args: Namespace,
 ) -> list[list[list[rm.Trie]]]:
     """This rank's micro-batches of a step. Sequences of chosen n have owner 2n, of rejected 2n + 1."""
     units = []
     for n, encoded in enumerate(pairs):
         chosen, rejected = choose_sequences(encoded, epoch, args)
         owners = [2 * n] * len(chosen) + [2 * n + 1] * len(rejected)
-        units.append(rm.build_tries([*chosen, *rejected], owners, share))
+        units.append(rm.build_tries([*chosen, *rejected], owners, share_prefixes))
     ranks = dist.get_rank(), dist.get_world_size()
-    return rm.pack(units, args.micro_batch_tokens, rm.charge_tokens(model), share, *ranks)
+    return rm.pack(units, args.micro_batch_tokens, rm.charge_tokens(model), share_prefixes, *ranks)
 
 
 @torch.no_grad()
@@ -993,7 +997,7 @@ def train(
     model: PreTrainedModel,
     pairs: list[EncodedPair],
     valid: list[EncodedPair],
-    tests: Tests,
+    tests: TestSets,
     folder: Path,
     args: Namespace,
 ) -> dict[str, float] | None:
@@ -1166,7 +1170,7 @@ def save_result(model: PreTrainedModel, encoder: Encoder, folder: Path, args: Na
 
 
 def score_tests(
-    model: PreTrainedModel, tests: Tests, folder: Path, args: Namespace
+    model: PreTrainedModel, tests: TestSets, folder: Path, args: Namespace
 ) -> dict[str, float]:
     """Writes the scores of each test file; returns the accuracy on it. A collective call."""
     results = {}
@@ -1448,7 +1452,8 @@ def make_fake_model(
 def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> int:
     """What a forward pass keeps for backward, without the parameters; works on fake tensors."""
     kinds = set(getattr(model.config, "layer_types", None) or ())
-    share = kinds <= {"full_attention", "sliding_attention"}  # no forward pass can be compared here
+    # no forward pass can be compared here
+    share_prefixes = kinds <= {"full_attention", "sliding_attention"}
     shape = (max(1, n_tokens // row_tokens), min(n_tokens, row_tokens))
     ids = torch.zeros(shape, dtype=torch.int64)
     last = torch.zeros((2, 2 * shape[0]), dtype=torch.int64)
@@ -1462,7 +1467,7 @@ def activation_bytes(model: PreTrainedModel, n_tokens: int, row_tokens: int) -> 
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     batch = rm.Batch(ids, ids, ids, last, last[0], n_tokens)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        rm.compute_rewards(model, batch, share)
+        rm.compute_rewards(model, batch, share_prefixes)
     return sum(size for address, (size, _) in kept.items() if address not in weights)
 
 
@@ -1487,7 +1492,7 @@ class Job:
     encoder: Encoder
     training: list[EncodedPair]
     valid: list[EncodedPair]  # held back, to choose weights by
-    tests: Tests
+    tests: TestSets
     n_selected: int  # pairs to train on, before any was left out
     description: dict  # for run.json
 
@@ -1541,10 +1546,10 @@ def prepare(args: Namespace, folder: Path, data: dict[str, list[Pair]]) -> Job:
     valid = encode(held_back, args.valid or "held back") if held_back else []
     tests = {name: encode(data[name], name) for name in dict.fromkeys(args.test)}
     # once, of all pairs, before the folder is written to, and before anything is compiled
-    share = rm.shares_prefixes(model, longest_sequence([*training, *valid]))
+    share_prefixes = rm.shares_prefixes(model, longest_sequence([*training, *valid]))
     if args.compile:
         rm.compile_blocks(model)
-        rm.warm_up(model, share, args.micro_batch_tokens)
+        rm.warm_up(model, share_prefixes, args.micro_batch_tokens)
     description = describe(args, data, model, encoder)
     return Job(model, encoder, training, valid, tests, len(selected), description)
 

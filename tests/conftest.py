@@ -353,11 +353,11 @@ def random_groups(*n_critiques: int) -> list[list[np.ndarray]]:
 def rewards_together(model, groups: list[list[np.ndarray]]) -> torch.Tensor:
     """Rewards from one batch: two tries in its first row, padding in others."""
     longest, number = max(len(s) for group in groups for s in group), itertools.count()
-    share = rm.shares_prefixes(model, longest)
-    units = [rm.build_tries(group, [next(number) for _ in group], share) for group in groups]
-    rows = [units[0] + units[1], *units[2:]] if share else [[t] for unit in units for t in unit]
+    share_prefixes = rm.shares_prefixes(model, longest)
+    units = [rm.build_tries(group, [next(number) for _ in group], share_prefixes) for group in groups]
+    rows = [units[0] + units[1], *units[2:]] if share_prefixes else [[t] for unit in units for t in unit]
     batch = rm.collate(rows, CPU)
-    return rm.compute_rewards(model, batch, share)[batch.owners.argsort()]
+    return rm.compute_rewards(model, batch, share_prefixes)[batch.owners.argsort()]
 
 
 def rewards_alone(model, groups: list[list[np.ndarray]]) -> torch.Tensor:

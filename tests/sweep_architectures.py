@@ -218,14 +218,14 @@ def compare(folder: Path, groups: list[list[np.ndarray]], expected: np.ndarray) 
     model = rm.build_model(config, torch.float32, rm.start_processes()[1])
     rm.read_weights(model, str(folder), CPU)
     found = {}
-    found["read"], share = rewards_together(model.eval(), groups)  # there must be no dropout
+    found["read"], share_prefixes = rewards_together(model.eval(), groups)  # there must be no dropout
     saved = folder / "saved"
     saved.mkdir()
     rm.save_model(model, encoder, saved, "card")
     again, _ = rm.load_reward_model(str(saved))
     found["saved and read"] = np.array(sum(rm.score_groups(again, groups, 200), []))
     found["saved and read by Transformers"] = rewards_alone(saved, sum(groups, []))
-    layout = "shared prefixes" if share else "one sequence a row"
+    layout = "shared prefixes" if share_prefixes else "one sequence a row"
     wrong = []
     for how, rewards in found.items():
         difference = np.abs(rewards - expected).max() / expected.std()
@@ -248,14 +248,14 @@ def rewards_together(
     model: PreTrainedModel, groups: list[list[np.ndarray]]
 ) -> tuple[np.ndarray, bool]:
     """Rewards from one batch, and whether it held tries: then two are in its first row."""
-    share = rm.shares_prefixes(model, max(len(s) for group in groups for s in group))
+    share_prefixes = rm.shares_prefixes(model, max(len(s) for group in groups for s in group))
     tries, n = [], 0
     for group in groups:
-        tries += rm.build_tries(group, range(n, n + len(group)), share)
+        tries += rm.build_tries(group, range(n, n + len(group)), share_prefixes)
         n += len(group)
-    rows = [tries[:2], *([trie] for trie in tries[2:])] if share else [[trie] for trie in tries]
+    rows = [tries[:2], *([trie] for trie in tries[2:])] if share_prefixes else [[trie] for trie in tries]
     batch = rm.collate(rows, CPU)
-    return rm.compute_rewards(model, batch, share)[batch.owners.argsort()].numpy(), share
+    return rm.compute_rewards(model, batch, share_prefixes)[batch.owners.argsort()].numpy(), share_prefixes
 
 
 if __name__ == "__main__":

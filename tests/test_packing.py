@@ -39,11 +39,11 @@ def chain(length: int, number: int = 0) -> rm.Trie:
 
 
 @pytest.mark.parametrize(
-    "share, expected",
+    "share_prefixes, expected",
     [(True, [[[5], [3, 2]], [[2], [2]]]), (False, [[[5]], [[3]], [[2], [2], [2]]])],
 )
-def test_packing_a_few_tries_by_hand(share, expected):
-    packed = rm.pack([[chain(n)] for n in (2, 5, 3, 2, 2)], 10, 1, share)
+def test_packing_a_few_tries_by_hand(share_prefixes, expected):
+    packed = rm.pack([[chain(n)] for n in (2, 5, 3, 2, 2)], 10, 1, share_prefixes)
     assert [[[len(trie) for trie in row] for row in rows] for rows in packed] == expected
 
 
@@ -51,16 +51,16 @@ def test_packing_a_few_tries_by_hand(share, expected):
 def test_where_micro_batches_cost_much_padding_is_cheaper(charge_tokens, n_rows):
     """By hand: a row of 100 and ten of 60 are (100 + 62) / 100 = 1.62 a token for the first alone
     and (1,100 + 62) / 700 = 1.66 together; with 2,048 for each, 21 and 4.5."""
-    packed = rm.pack([[chain(n)] for n in (100, *[60] * 10)], 2000, charge_tokens, share=False)
+    packed = rm.pack([[chain(n)] for n in (100, *[60] * 10)], 2000, charge_tokens, share_prefixes=False)
     assert [len(rows) for rows in packed] == n_rows
 
 
-@pytest.mark.parametrize("share, n_tries, most_wasted", [(True, 1, 0.08), (False, 2, 0.28)])
+@pytest.mark.parametrize("share_prefixes, n_tries, most_wasted", [(True, 1, 0.08), (False, 2, 0.28)])
 @pytest.mark.parametrize("n_ranks", [1, 3])
-def test_every_unit_is_packed_once_within_the_budget(n_ranks, share, n_tries, most_wasted):
+def test_every_unit_is_packed_once_within_the_budget(n_ranks, share_prefixes, n_tries, most_wasted):
     rng, number = np.random.default_rng(0), itertools.count()
     units = [[chain(n, next(number)) for n in rng.integers(20, 200, n_tries)] for _ in range(200)]
-    ranks = [rm.pack(units, 2048, 64, share, rank, n_ranks) for rank in range(n_ranks)]
+    ranks = [rm.pack(units, 2048, 64, share_prefixes, rank, n_ranks) for rank in range(n_ranks)]
     batches = [[rm.collate(rows, CPU) for rows in packed] for packed in ranks]
     packed = sum(batches, [])
     found = [set(batch.owners.tolist()) for batch in packed]

@@ -74,7 +74,7 @@ def test_neighbours_order_and_padding_do_not_change_a_reward(tmp_path, mesh, mak
 
 def test_an_empty_micro_batch_adds_no_reward_and_no_gradient(tmp_path, mesh, make_config):
     model = load(save_tiny(make_config, "Llama", tmp_path), mesh)
-    rewards = rm.compute_rewards(model, rm.collate([], CPU), share=True)
+    rewards = rm.compute_rewards(model, rm.collate([], CPU), share_prefixes=True)
     assert rewards.shape == (0,)
     rm.pairwise_loss(rewards, rewards, rewards).backward()
     assert all(p.grad is None or not p.grad.full_tensor().any() for p in model.parameters())
