@@ -914,7 +914,8 @@ def test_two_commands_lead_from_raw_answers_to_rewards(
     assert found == pytest.approx(np.reshape(each, (4, 2)).mean(axis=1), abs=1e-5)
     best = [max((0, 2), key=found.__getitem__), max((1, 3), key=found.__getitem__)]
     Path("rewards.jsonl").write_text(rewards)
-    (command,) = re.findall(r"^jq .*max_by.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs/evaluating.md").read_text()
+    (command,) = re.findall(r"^jq .*max_by.*$", page, re.MULTILINE)
     if shutil.which("jq"):
         lines = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, check=True)
         picked = [json.loads(line)["response"] for line in lines.stdout.splitlines()]
