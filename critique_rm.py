@@ -98,7 +98,7 @@ def errors_as(problem: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).partition("; use sys.")[0]  # what follows advises programmers
+    text = str(error).partition("; use sys.")[0]  # then comes advice about Python
     line = " ".join(text.split()) or type(error).__name__
     return line if len(line) <= 300 else line[:297] + "..."
 
@@ -264,9 +264,8 @@ SIDES = ("chosen", "rejected")
 KINDS = {Pair: "a pair", Answer: "a single answer"}
 ROLES = ("system", "developer", "user", "assistant", "tool")  # templates print them: no free text
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
-MESSAGE_FIELDS = (  # what a message may say beside role and content; the chat template knows them
-    *("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"),
-)
+# What a message may say beside role and content; the chat template knows these fields.
+MESSAGE_FIELDS = tuple("tool_calls tool_call_id name reasoning_content reasoning thinking".split())
 EMPTY = (None, "", [], {})  # a field with nothing in it is no field
 MAX_LINE_BYTES = 16 * 2**20
 CRITIQUE_FIELDS = ("chosen_critique", "rejected_critique", "chosen_feedback", "rejected_feedback")
@@ -432,18 +431,20 @@ def _of_one_kind(items: Iterable[Pair | Answer]) -> Iterator[Pair | Answer]:
         yield item
 
 
-def _replace_critiques(pairs: list[Pair], source: str, about: str, skip_bad: bool) -> list[Pair]:
-    """Takes critiques from another file, by id and texts, else by prompt and response alone."""
+def _replace_critiques(
+    pairs: list[Pair], critique_file: str, source: str, skip_bad: bool
+) -> list[Pair]:
+    """The pairs of `source` with critiques from another file, found by id and texts, else by texts."""
     notes = Notes()
     found: dict[tuple, tuple[str, ...]] = {}
-    rows = read_rows(source, lambda *row: _parse_critiques(Record(*row, notes)), skip_bad)
+    rows = read_rows(critique_file, lambda *row: _parse_critiques(Record(*row, notes)), skip_bad)
     for _, (reviewed_pairs, answers) in rows:
         for pair in reviewed_pairs:
             for side, answer in zip(SIDES, pair.answers):
                 _add_critiques(found, (side, *_pair_key(pair)), answer.critiques)
         for answer in answers:
             _add_critiques(found, _answer_key(answer), answer.critiques)
-    notes.log(source)
+    notes.log(critique_file)
     replaced = []
     n_found = 0
     for pair in pairs:
@@ -455,8 +456,10 @@ def _replace_critiques(pairs: list[Pair], source: str, about: str, skip_bad: boo
         replaced.append(replace(pair, **critiques))
     if not n_found:
         advice = "it must hold their texts, as generate.py writes them"
-        raise CritiqueRMError(f"{source}: no critique in it is of a response of {about}; {advice}")
-    log(f"{source}: critiques of {n_found} of {2 * len(pairs)} responses of {about}")
+        raise CritiqueRMError(
+            f"{critique_file}: no critique in it is of a response of {source}; {advice}"
+        )
+    log(f"{critique_file}: critiques of {n_found} of {2 * len(pairs)} responses of {source}")
     return replaced
 
 
@@ -674,11 +677,14 @@ def _read_lines(source: str, stream) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
+    """Yields the items of an array one by one: tries to decode the next, and if it fails reads on."""
     text = io.TextIOWrapper(stream, "utf-8-sig")
     decode = json.JSONDecoder(object_pairs_hook=to_object).raw_decode
-    buffer, number = "", 0
+    buffer = ""  # read, and not yet decoded
+    number = 0
     while True:
-        buffer, before = buffer.lstrip(" \t\r\n"), "," if number else "["
+        buffer = buffer.lstrip(" \t\r\n")
+        before = "," if number else "["
         try:
             if buffer[:1] != before:
                 raise ValueError(f"expected {before}")
@@ -689,14 +695,16 @@ def _read_array(source: str, stream) -> Iterator[tuple[str, object]]:
         except (ValueError, RecursionError) as error:  # wrong, or not yet read to its end
             with errors_as(f"{source}: not UTF-8 text, after item {number}", UnicodeDecodeError):
                 more = text.read(max(2**14, len(buffer)))
-            if not more and "".join(buffer.split()) == ("]" if number else "[]"):
+            end_of_array = "]" if number else "[]"
+            if not more and "".join(buffer.split()) == end_of_array:
                 return
             if not more or len(buffer) > MAX_LINE_BYTES or isinstance(error, RecursionError):
                 problem = f"not valid JSON, or over 16 MB ({_first_line(error)})"
                 raise CritiqueRMError(f"{source}: item {number + 1}: {problem}") from None
             buffer += more
         else:
-            buffer, number = item[end:], number + 1
+            buffer = item[end:]
+            number += 1
             yield f"{source}: item {number}", value
 
 
@@ -1328,11 +1336,12 @@ class EncodedPair:
 class ControlTokens:
     """The tokens added to a vocabulary, special or not, that data must never become.
 
-    Where a text spells one, `hide` puts an invisible character behind its first letter: `<|im_end|>`
-    in a response stays ten letters. Runs of white space, which some vocabularies (Gemma) add, and
-    single letters are text like any other.
+    Where a text spells one, `hide` puts an invisible character behind its first character:
+    `<|im_end|>` in a response stays ordinary text. Runs of white space, which some vocabularies
+    (Gemma) add, and single characters are text like any other.
 
-    Raises CritiqueRMError for a tokenizer whose end token is a single letter: data would hold it.
+    Raises CritiqueRMError for a tokenizer whose end token is a single character, since any text may
+    contain it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -1344,16 +1353,17 @@ class ControlTokens:
             problem = f"the end token {tokenizer.eos_token!r} is a single character"
             raise CritiqueRMError(f"{problem}, which data may hold; set another eos_token")
         longest_first = sorted(map(re.escape, self.ids), key=len, reverse=True)
-        any_token = "|".join(longest_first) or "(?!)"
-        # the first letters alone are looked for first: Gemma 3 has 6,000 such tokens
-        first_letters = sorted({re.escape(token[0]) for token in self.ids})
-        starts = f"(?=[{''.join(first_letters) or 'a'}])"
+        any_token = "|".join(longest_first) or "(?!)"  # which never matches
+        # first characters are looked for first, as it is faster: Gemma 3 has 6,000 such tokens
+        first_characters = sorted({re.escape(token[0]) for token in self.ids})
+        starts = f"(?=[{''.join(first_characters) or 'a'}])"
         self.pattern = re.compile(f"{starts}(?:{any_token})")
         self._beginning = re.compile(f"{starts}(?={any_token})(.)", re.DOTALL)
-        letters = set("".join(self.ids))
-        marks = [c for c in sorted(letters) if not c.isalnum() and c not in " /_"]
-        of_no_script = range(0xF0000, 0xF0000 + len(marks))
-        self._disguises = dict(zip(map(ord, marks), of_no_script))
+        # What control tokens have and words do not; templates may look for the rest in a text.
+        characters = set("".join(self.ids))
+        marks = [c for c in sorted(characters) if not c.isalnum() and c not in " /_"]
+        private_use = range(0xF0000, 0xF0000 + len(marks))  # characters of no script
+        self._disguises = dict(zip(map(ord, marks), private_use))
 
     def count(self, text: str) -> int:
         return len(self.pattern.findall(text))
@@ -1394,7 +1404,7 @@ class ChatTemplate:
         n_written = self.control.count(text)
         if n_written > self.probe(shape_of(messages)).n_control:
             # A template may write more of them for what data say; then as many as for these data
-            # in other letters, with which no control token can be written.
+            # in other characters, with which no control token can be written.
             disguised = self.apply(messages, self.control.disguise)
             if n_written > self.control.count(disguised):
                 raise CritiqueRMError(
@@ -1450,7 +1460,7 @@ class ChatTemplate:
         Candidates are control tokens and what its source spells. Found by trying whether it does
         more than print them, in the last answer or an earlier one.
         """
-        self.__dict__["reasoning_marks"] = marks = []  # none in the trial itself
+        self.__dict__["reasoning_marks"] = marks = []  # `apply` below reads it
         spelled = re.findall(r"</\w+>|\[/\w+\]", self.tokenizer.chat_template)
         closings = dict.fromkeys([*self.control.ids, *spelled])
         for closing in closings:
@@ -1616,7 +1626,9 @@ class Encoder:
             encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
         ids = encoded["input_ids"]
         n_control = sum(token_id in self._control_ids for token_id in ids)
-        if n_control > self.control.count(text):  # its normalizer does
+        if n_control > self.control.count(
+            text
+        ):  # e.g. its normalizer makes them of other characters
             raise CritiqueRMError("the tokenizer makes control tokens of its text; leave it out")
         if ids[:2] == [self.tokenizer.bos_token_id] * 2:
             ids = ids[1:]
@@ -1642,9 +1654,10 @@ class Encoder:
     ) -> list[list[np.ndarray]] | None:
         """Encodes answers to one prompt: for each answer one sequence per critique.
 
-        Within `max_length_tokens` each critique and the end token are kept whole; the responses
-        keep their beginning, the prompt its end, cut at the same place for all answers. None if
-        even that does not fit. Both are counted, as `n_pairs`, and so is what the template leaves out.
+            Within `max_length_tokens` each critique and the end token are kept whole; the responses
+            keep their beginning, the prompt its end, cut at the same place for all answers. None if
+            even that does not fit. What is cut, dropped or left out by the template is counted, as
+        `n_pairs`.
         """
         prompt, responses = answers[0].prompt, [a.response for a in answers]
         encoded, excess = self._encode_as(prompt, answers, responses)
@@ -1848,7 +1861,7 @@ class Trie:
     positions: np.ndarray  # (T,) int32, depth in the trie
     ends: np.ndarray  # (T,) int32, end of the subtree below each token
     last: np.ndarray  # (S,) int32, index of each sequence's last token
-    owners: np.ndarray  # (S,) int32, whose each sequence is: a number of the caller
+    owners: np.ndarray  # (S,) int32, for each sequence the caller's number for what it belongs to
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -1895,8 +1908,8 @@ def build_tries(
 
 
 class MicroBatches(NamedTuple):
-    charge_tokens: int  # so many tokens are computed in the time that one more micro-batch costs
-    largest_tokens: int  # in larger ones a token costs as much
+    charge_tokens: int  # what one more micro-batch costs, in tokens computed in that time
+    largest_tokens: int  # beyond this size a token gets no cheaper
 
 
 MICRO_BATCHES = {  # by device and dtype, measured by tests/bench_speed.py --charge: docs/results.md
@@ -1968,7 +1981,9 @@ def _fill_row(waiting: list[list[Trie]], width: int, share_prefixes: bool) -> li
             return row
         unit = waiting.pop(n)
         row.append(unit)
-        space = space - unit_tokens(unit) if share_prefixes else 0
+        space -= unit_tokens(unit)
+        if not share_prefixes:
+            space = 0  # the row holds one unit
 
 
 def unit_tokens(unit: list[Trie]) -> int:
@@ -1988,7 +2003,7 @@ class Batch:
     positions: Tensor  # (R, T) int64
     ends: Tensor  # (R, T) int64
     last: Tensor  # (2, S) int64, row and column of each sequence's last token
-    owners: np.ndarray  # (S,) int32, whose each sequence is; known to the host, not the device
+    owners: np.ndarray  # (S,) int32, as in Trie; the host knows them, the device does not
     n_tokens: int  # without padding
 
 
@@ -2280,7 +2295,7 @@ FAMILIES = "Llama, Qwen 3 or Gemma 3"
 
 
 def set_mode(model: PreTrainedModel, checkpointing: bool) -> None:
-    """Makes training compute what scoring does: no dropout, no noise in routers.
+    """Puts a model in evaluation mode, so that training computes what scoring does, without noise.
 
     Transformers' checkpointing of activations asks for training mode, but of the layers alone.
     """
@@ -2382,7 +2397,7 @@ def warm_up(model: PreTrainedModel, share_prefixes: bool, budget_tokens: int) ->
 
 
 def keep_gathered(model: PreTrainedModel, keep: bool) -> None:
-    """Whether weights stay gathered, and gradients unreduced, after the next backward pass.
+    """Sets whether weights stay gathered, and gradients unreduced, after the next backward pass.
 
     A process that holds a whole replica can do both once a step: fewer copies, and less to send
     between replicas. Where a replica is sharded, no rank is to hold the whole.
@@ -2670,7 +2685,7 @@ def shares_prefixes(model: PreTrainedModel, longest: int) -> bool:
     one that scales all positions by the longest, or picks keys or experts across sequences.
     """
     known = {n: shared for n, shared in _layouts(model).items() if n >= longest}
-    if known:
+    if known:  # what holds up to n tokens holds for fewer
         return known[min(known)]
     share_prefixes = _find_layout(model, longest)
     if share_prefixes is None:
@@ -2751,8 +2766,9 @@ def _difference(
 ) -> float:
     """How far states of sequences computed together are from those alone: the largest mean of one.
 
-    The other trie comes first, so that what counts keys or columns counts too many. A mean, as
-    rounding of 1e-6 can grow to 1e-3 at a token, where one that reads others differs by tenths.
+    The other trie comes first, so that a model that takes a token's position from its column is
+    found out. A mean, as rounding of 1e-6 can grow to 1e-3 at a token, while a model that reads
+    other sequences differs by tenths.
     """
     device = alone[0].device
     short, long, other = sequences
@@ -2791,7 +2807,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, share_prefixes: bool) ->
 def compute_rewards(model: PreTrainedModel, batch: Batch, share_prefixes: bool) -> Tensor:
     """Rewards (S,) fp32 of the sequences of a micro-batch, read at each one's last token.
 
-    `share`: the rows hold tries (see `shares_prefixes`), else one sequence each.
+    With `share_prefixes` rows hold tries (see the function of that name), else one sequence each.
     """
     _, head = trunk_and_head(model)
     hidden = hidden_states(model, batch, share_prefixes)[batch.last[0], batch.last[1]]  # (S, H)
@@ -2950,6 +2966,8 @@ def make_reward_function(
     it came and the response, as generate.py's `write_critique` does with an endpoint. Rewards come in
     the given order, None where a model that reads critiques has none.
 
+    The critic is asked for one critique after another, and what it raises is raised.
+
     Raises CritiqueRMError in a process group of several: each process would ask about others.
     """
     model, encoder = load_reward_model(folder)
@@ -3003,8 +3021,8 @@ def score_groups(
             units += [[trie] for trie in build_tries(part, owners, share_prefixes)]
     device = next(model.parameters()).device
     ranks = (dist.get_rank(), dist.get_world_size())
-    scored = [np.empty(0, np.int32)]  # numbers, and beside them
-    rewards = [torch.empty(0, device=device)]
+    scored = [np.empty(0, np.int32)]  # numbers of sequences
+    rewards = [torch.empty(0, device=device)]  # theirs, in the same order
     for rows in pack(units, budget_tokens, charge_tokens(model), share_prefixes, *ranks):
         batch = collate(rows, device)
         scored.append(batch.owners)
@@ -3068,6 +3086,7 @@ def score_pairs(
     for e in encoded:
         by_prompt.setdefault(e.pair.prompt, []).extend([*e.chosen, *e.rejected])
     rewards = score_groups(model, list(by_prompt.values()), budget_tokens)
+    # the order below is that in which the sequences were collected, so each gets its own reward
     streams = dict(zip(by_prompt, map(iter, rewards)))
     scores = []
     for e in encoded:

@@ -291,7 +291,6 @@ def collect_opinions(
 
     Where a judge has left pairs out, the reward model has another row, on the same pairs.
     """
-
     reviewed = [s for s in scores if s.chosen_critique_words and s.rejected_critique_words]
     opinions = [opinions_by("reward", "reward model", scores)]
     for name, changed in probed.items():
@@ -369,6 +368,7 @@ def read_scores(path: str) -> list[PairScore]:
 
 N_RESAMPLES = 2000
 N_FLIPS = 9999
+FLIPS_PER_BLOCK = 99  # at once: of 100,000 prompts all would take 8 GB
 Figures = dict[str, np.ndarray]  # by name: the value, and those of N_RESAMPLES resamples
 
 
@@ -442,10 +442,12 @@ def sign_flip_p(differences: np.ndarray, prompt_ids: list[str], seed: int) -> fl
     _, cluster = np.unique(prompt_ids, return_inverse=True)
     sums = np.bincount(cluster, differences)
     sums = sums[sums != 0]
-    rng, n_as_far = np.random.default_rng(seed), 1
-    for _ in range(N_FLIPS // 99):  # in blocks, for large sets
-        signs = rng.choice([-1.0, 1.0], (99, len(sums)))
-        n_as_far += int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).sum())
+    rng = np.random.default_rng(seed)
+    n_as_far = 1
+    for _ in range(N_FLIPS // FLIPS_PER_BLOCK):
+        signs = rng.choice([-1.0, 1.0], (FLIPS_PER_BLOCK, len(sums)))
+        is_as_far = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9
+        n_as_far += int(is_as_far.sum())
     return n_as_far / (1 + N_FLIPS)
 
 
@@ -678,12 +680,13 @@ def measure_rm_bench(groups: list[Group], seed: int) -> Figures:
     groups = select_rm_bench(groups)
     if not groups:
         return {}
-    fancier = np.subtract.outer(range(3), range(3)) * -1  # style of rejected less that of chosen
+    styles = np.arange(3)
+    fancier = styles[None, :] - styles[:, None]  # style of rejected less that of chosen
     parts = {
         "hard": fancier > 0,
         "normal": fancier == 0,
         "easy": fancier < 0,
-        "average": fancier > -3,
+        "average": np.full((3, 3), True),
     }
     ids = [g.prompt_id for g in groups]
     figures = {}
@@ -774,9 +777,9 @@ def audit_critiques(
     """How each critique moves the reward, r(x, y, c) − r(x, y), and whether it misleads.
 
     `plain` are scores of the same pairs without critiques. A critique of a response that stands in
-    several pairs comes once. It misleads if it moves the reward away from the label more than is
-    usual for the length of its response: a model that has always read critiques may go by length
-    where there is none, and then any critique lifts a short response.
+    several pairs comes once. It misleads if, compared with the usual shift for responses about as
+    long, it moves the reward away from the label: a model that has always read critiques may go by
+    length where there is none, and then any critique lifts a short response.
     """
     without = {score.id: score for score in plain}
     rows = {}
@@ -1056,14 +1059,16 @@ def read_curve(folders: Sequence[str]) -> dict[str, Runs]:
             arguments = record["arguments"]
             settings = {name: arguments[name] for name in COMPARABLE}
             critiques = Path(arguments["critiques"] or "of the data").name
-            key = "none" if arguments["no_critiques"] else critiques, record["training_pairs"]
+            n_pairs = record["training_pairs"]
             seed = arguments["seed"]
-            if type(key[1]) is not int or key[1] < 1:
+            if type(n_pairs) is not int or n_pairs < 1:
                 raise ValueError
         except (OSError, ValueError, LookupError, TypeError):
             problem = "not a finished run, or one of an older train.py; run it again"
             raise CritiqueRMError(f"{folder}: {problem}") from None
-        if settings != (common := common or settings):
+        key = "none" if arguments["no_critiques"] else critiques, n_pairs
+        common = common or settings
+        if settings != common:
             raise CritiqueRMError(f"{folder}: trained with {settings}, the first with {common}")
         for path in sorted(folder.glob("scores-*.jsonl")):
             seeds = tests.setdefault(path.stem.removeprefix("scores-"), {}).setdefault(key, {})
@@ -1901,12 +1906,13 @@ def evaluate_pairs(args: argparse.Namespace) -> int:
     if args.probe:
         lines = [f"- {probe}: {PROBES[probe]}" for probe in dict.fromkeys(args.probe)]
         blocks += ["\n".join(lines), READS_CRITIQUES]
-    blocks.append({"reward model": list(robustness), "value": values})
+    blocks.append({"reward model, beside accuracy": list(robustness), "value": values})
     if audit is not None:
         blocks.append(show_audit(audit))
     if args.html:
         page = to_html(blocks, scored, scores, plot_scores(scores), audit)
         rm.replace_file(Path(args.html), page)
+        log(f"wrote {args.html}")
     if args.json:
         table = description | {"rows": [asdict(row) for row in rows], "robustness": robustness}
         table["benchmarks"] = benchmarks_as_dict(rows, styles)
@@ -1950,7 +1956,7 @@ def compare_scores(args: argparse.Namespace) -> int:
     rows = compare(*(read_scores(path) for path in args.compare), args.seed)
     print(to_markdown(rows))
     if len(rows) > 1:
-        print("\np of subsets: corrected for their number (Holm), so at most 1")
+        print("\nThe p values of subsets are corrected for their number (Holm).")
     if args.json:
         table = {"a": args.compare[0], "b": args.compare[1], "rows": [asdict(row) for row in rows]}
         write_json(args.json, table)

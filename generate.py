@@ -72,6 +72,7 @@ from critique_rm import (
     errors_as,
     leave,
     log,
+    log_error,
     positive_int,
     replace_file,
     stream_pairs_or_answers,
@@ -102,8 +103,9 @@ LEAKS = (  # what a critic should not write, or cannot know; as one pattern thre
 )
 MAX_LEAK_SHARE = 0.05
 CREDENTIALS = "auth|key|token|secret|cookie|signature"  # in names of headers, and in queries
-KEY_HEADERS = (  # a key in one of them takes the place of OPENAI_API_KEY; others go beside it
-    *("authorization", "api-key", "x-api-key", "x-goog-api-key", "ocp-apim-subscription-key"),
+# A key in one of these headers takes the place of OPENAI_API_KEY; other headers go beside it.
+KEY_HEADERS = tuple(
+    "authorization api-key x-api-key x-goog-api-key ocp-apim-subscription-key".split()
 )
 CONNECT_TIMEOUT_SECONDS = 10
 SLOW_TOKENS_PER_SECOND = 20  # slower servers must answer within the time that may pass in silence
@@ -156,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_endpoint_arguments(parser)
     add_run_arguments(parser)
     stated = {item.name: item.default for item in fields(Settings) if item.default is not MISSING}
-    parser.set_defaults(**stated | {"header": []})
+    parser.set_defaults(**stated | {"header": []})  # argparse appends to a list, not to a tuple
     return parser
 
 
@@ -166,7 +168,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         choices=ASKED_SIDES,
         help="what to ask for: a critique of each response, or a verdict on each pair, "
-        "asked twice with the responses in either order",
+        "asked once in each order of the responses",
     )
     add(
         "--n-critiques",
@@ -225,7 +227,6 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:VALUE",
         type=header,
         action="append",
-        default=[],
         help="one more HTTP header; write a secret as 'NAME:$VARIABLE', and it is read from that "
         "environment variable; may be given several times",
     )
@@ -233,12 +234,12 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
-    add("--workers", type=positive_int, metavar="N", help="calls at a time, at most")
+    add("--workers", type=positive_int, metavar="N", help="maximum number of concurrent calls")
     add(
         "--max-retries",
         type=positive_int,
         metavar="N",
-        help="tries after the first of a call that fails in a way that may pass",
+        help="retries of a call after a temporary failure",
     )
     add(
         "--timeout-seconds",
@@ -678,6 +679,9 @@ class Failed(CritiqueRMError):
     reason: str
     detail: str = ""
 
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.reason, self.detail)))
+
 
 class Stopped(Failed):
     """It was not asked, or not waited for, as the run ended."""
@@ -705,23 +709,22 @@ class Rule(NamedTuple):
     meaning: str  # "retry", "late", or that it is refused: "setup", "withheld"
     statuses: Collection[int]
     words: str = ""  # a pattern in code, type and message, in lower case
-    serves: str = ""
 
 
 NO_CREDIT = "insufficient_quota|exceeded_current_quota_error|credit balance|insufficient (bal|cred)"
 FILTERED = "moderat|flagged|content|safety|guardrail|policy|blocked"
 WRONG_NAME = r"api[ _]key|invalid model|model.* not (exist|found)|no such model"
 RULES = (
-    Rule("setup", range(400, 500), NO_CREDIT, "429 of OpenAI and Moonshot, 400 of Anthropic"),
-    Rule("late", (408, 504, 524), serves="gateways that waited too long; 524 is Cloudflare's"),
-    Rule("retry", (409, 425, 429), serves="rate limits, and what OpenAI's own client tries again"),
-    Rule("setup", (400, 403, 422), "account", "an account that was flagged or suspended"),
-    Rule("withheld", (400, 403, 422, 451), FILTERED, "403 of OpenRouter, 400 of Azure and LiteLLM"),
-    Rule("setup", (401, 402, 403, 404, 405), serves="key, credit, country, model or address"),
-    Rule("setup", (400, 422), WRONG_NAME, "400 of Gemini, LiteLLM; 422 of transformers serve"),
-    Rule("setup", range(300, 400), serves="a redirect, which would take prompt and key along"),
-    Rule("withheld", range(400, 500), serves="too long, or a field that is not known there"),
-    Rule("retry", range(1000), serves="errors of servers, and pages in place of a completion"),
+    Rule("setup", range(400, 500), NO_CREDIT),  # 429 of OpenAI and Moonshot, 400 of Anthropic
+    Rule("late", (408, 504, 524)),  # gateways that waited too long; 524 is Cloudflare's
+    Rule("retry", (409, 425, 429)),  # rate limits, and what OpenAI's own client tries again
+    Rule("setup", (400, 403, 422), "account"),  # an account that was flagged or suspended
+    Rule("withheld", (400, 403, 422, 451), FILTERED),  # 403 of OpenRouter, 400 of Azure and LiteLLM
+    Rule("setup", (401, 402, 403, 404, 405)),  # key, credit, country, model or address
+    Rule("setup", (400, 422), WRONG_NAME),  # 400 of Gemini, LiteLLM; 422 of transformers serve
+    Rule("setup", range(300, 400)),  # a redirect, which would take prompt and key along
+    Rule("withheld", range(400, 500)),  # too long, or a field that is not known there
+    Rule("retry", range(1000)),  # errors of servers, and pages in place of a completion
 )
 # Finish reasons, without "FinishReason." and in lower case. They are an open world: where the text
 # is there, any other ("stop", "eos", "", "complete", "<|eot_id|>") is that of a whole answer.
@@ -1011,7 +1014,10 @@ class Evidence:
         return is_alike and isinstance(self.problem, Refused) and self.problem.is_setup
 
     def doubt(self, n_running: int) -> None:
-        """From now on calls are drawn by chance: those drawn in order before hardly count."""
+        """From now on calls are drawn by chance: those drawn in order before hardly count.
+
+        Those that are still running were drawn in order too, so they are taken off beforehand.
+        """
         with self.lock:
             self.n_alike = min(self.n_alike, DOUBTFUL) - n_running
 
@@ -1123,7 +1129,7 @@ class Endpoint:
             )
 
     def post(self, body: dict) -> Completion:
-        """One try. Raises Retry, Refused, or the root to end the run."""
+        """One try. Raises Retry, Refused, or a plain CritiqueRMError, which ends the run."""
         field = self.limit_field
         seconds = self.settings.timeout_seconds
         sent = {field if name == "max_tokens" else name: value for name, value in body.items()}
@@ -1227,7 +1233,10 @@ def log_above_bar(message: str) -> None:
 
 
 def ask(endpoint: Endpoint, question: Question) -> Reply:
-    """The answer to one question. Raises Failed: what is cut off, withheld or empty is not data."""
+    """The answer to one question; if it is cut off, it is asked once more with twice the limit.
+
+    Raises Failed: what is cut off again, withheld or empty is not data.
+    """
     body = dict(question.body)
     try:
         completion = endpoint.complete(body)
@@ -1484,7 +1493,7 @@ class Failures:
 
 
 def build_rows(plan: Plan, journal: Journal) -> Iterator[dict]:
-    """The lines of OUT; an answer that is missing is not there, for a judge null."""
+    """The lines of OUT. A missing critique leaves its field out; a missing verdict is null."""
     numbers = itertools.count()
     for _, record in itertools.groupby(plan.items, tell_record):
         rows = []
@@ -1618,7 +1627,7 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def show_first_request(plan: Plan, numbers: array) -> Counter:
-    """Prints it in a list; returns the tokens to expect, at four bytes each and at most."""
+    """Prints it in a list; returns the tokens to expect, at four bytes each and full length."""
     bodies = []
     if numbers:
         bodies.append(plan.question(numbers[0]).body | {"stream": False})
@@ -1658,7 +1667,7 @@ def collect(
 
 @contextmanager
 def interruptible(endpoint: Endpoint) -> Iterator[None]:
-    """A signal only sets a flag meanwhile: an exception could part write and sync."""
+    """Signals only set a flag here: an exception could come between a write and its sync."""
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, lambda *_: endpoint.stop.set())
@@ -1733,7 +1742,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(parse_arguments(argv))
     except (CritiqueRMError, OSError) as error:
-        log(str(error))
+        log_error("generate.py", error)
         return 1
     except KeyboardInterrupt:
         log("interrupted; the answers that arrived are kept, and the same command continues")

@@ -70,11 +70,10 @@ if TYPE_CHECKING:
 TestSets = dict[str, list[EncodedPair]]  # by file
 
 DATA = Path(__file__).parent / "data"
-MAY_CHANGE_ON_RESUME = (
-    *("out", "resume", "overwrite", "micro_batch_tokens", "activation_checkpointing"),
-    *("save_every_steps", "eval_every_steps", "shard_group", "plan", "nproc", "device_gb"),
-    "tensorboard",
-    "dtype",  # what "auto" came to must be the same
+# Arguments; of "dtype" what it came to is compared instead.
+MAY_CHANGE_ON_RESUME = tuple(
+    "out resume overwrite micro_batch_tokens activation_checkpointing save_every_steps "
+    "eval_every_steps shard_group plan nproc device_gb tensorboard dtype".split()
 )
 SAVE_EVERY_SECONDS = 600  # whatever --save-every-steps says
 CHECKPOINT_FILE_BYTES = 2**26  # in a file of a checkpoint, of each rank
@@ -218,8 +217,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora-alpha",
         metavar="A",
         type=positive_float,
-        help="scale of the adapters: what they add counts A / R (default: 2 R, so that it counts "
-        "twice)",
+        help="scale of the adapters: their output is multiplied by A / R (default: A = 2 R)",
     )
     add(
         "--average-critiques",
@@ -293,8 +291,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=positive_int,
         default=500,
-        help="steps from one checkpoint to the next, for --resume; there is one every 10 minutes "
-        "besides",
+        help="steps from one checkpoint to the next, for --resume; one is also written every 10 "
+        "minutes",
     )
     add(
         "--tensorboard",
@@ -308,7 +306,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--plan",
         action="store_true",
-        help="print the memory that each process needs, part by part, and end without training",
+        help="print the memory that each process needs, part by part, and exit",
     )
     add(
         "--nproc", metavar="N", type=positive_int, default=1, help="number of processes to plan for"
@@ -325,9 +323,9 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.new_head and args.model == "tiny":
-        parser.error("--new-head goes with --model")
+        parser.error("--new-head needs a pretrained --model, not 'tiny'")
     if args.lora_rank and args.model == "tiny":
-        parser.error("--lora-rank goes with --model: adapters need weights to adapt")
+        parser.error("--lora-rank needs a pretrained --model, not 'tiny'")
     if args.lora_alpha and not args.lora_rank:
         parser.error("--lora-alpha goes with --lora-rank")
     if args.resume and (args.overwrite or not args.out):
@@ -414,8 +412,9 @@ def lock_folder(folder: Path):
             raise CritiqueRMError(
                 f"{folder} cannot be locked ({error.strerror}); choose --out on another file system"
             ) from None
+        mark = secrets.token_hex(8)
         lock.truncate(0)
-        lock.write(mark := secrets.token_hex(8))
+        lock.write(mark)
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_SH)
         return mark
@@ -430,15 +429,17 @@ def lock_folder(folder: Path):
 
 
 def check_disk(folder: Path, model: PreTrainedModel, keeps_best: bool) -> None:
-    """There must be room for the checkpoints of weights and optimizer, one being written.
+    """Raises CritiqueRMError unless the disk has room for the checkpoints and the result.
 
-    Two are kept, and the best ones as of each. Where most weights are frozen the result is larger.
+    Two checkpoints are kept, the best weights as of each, and one is being written.
     """
     n_frozen, n_trained = count_parameters(model)
     n_checkpoints = 5 if keeps_best else 3
-    needed = n_checkpoints * 12 * n_trained + 4 * n_frozen
+    of_checkpoint = 12 * n_trained  # a weight and AdamW's two means, in float32
+    needed = n_checkpoints * of_checkpoint + 4 * n_frozen
     here = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*"))
-    if (free := shutil.disk_usage(folder).free + here) < needed:
+    free = shutil.disk_usage(folder).free + here
+    if free < needed:
         raise CritiqueRMError(
             f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed for "
             "checkpoints; free some, or choose another --out"
@@ -448,9 +449,10 @@ def check_disk(folder: Path, model: PreTrainedModel, keeps_best: bool) -> None:
 def describe(
     args: Namespace, data: dict[str, list[Pair]], model: PreTrainedModel, encoder: Encoder
 ) -> dict:
-    """What must be the same for a run to be the same run, and with what it ran.
+    """What identifies a run, which is compared on resume, and the versions and device it ran on.
 
-    Checkpoints of adapters are nothing without the weights they adapt. A collective call.
+    With adapters it includes the checksums of the base's weights, which checkpoints do not hold.
+    A collective call.
     """
     base = checksums(Path(model.base_folder)) if args.lora_rank else None
     return {
@@ -1203,12 +1205,12 @@ def check_saved(
 ) -> PreTrainedModel:
     """Loads what was saved and scores a few pairs again: a lost head must be noticed here.
 
-    Merged adapters that are not fp32 throughout are rounded with the weight they are added to, and
-    each layer's rounding goes through all behind it. Of 1 + |r|, SmolLM2's rewards in bf16 moved
-    by 0.029 in the mean and 0.08 at most, by 0.026 and 0.07 between two sizes of micro-batch.
-    Another head moves them by about 0.5; between the two lies 0.2, of the mean, as one pair tells
-    little.
+    Rewards are compared relative to 1 + |r|. Merged adapters are rounded with the weight they are
+    added to, and each layer's rounding goes through all behind it: in bf16 that moved SmolLM2's
+    rewards by 0.029 on average and 0.08 at most (0.026 and 0.07 between two sizes of micro-batch).
+    A wrong head moves them by about 0.5. The limit of 0.2 is on the mean, as one pair tells little.
     """
+    log("checking the saved model")
     model, _ = rm.load_reward_model(str(folder), dtype=dtype, compiled=args.compile)
     after = rm.score_pairs(model, sample, args.micro_batch_tokens)
     old = np.array([score.chosen_reward for score in before])
@@ -1405,12 +1407,13 @@ def plan_parts(
         (dtype.itemsize + 4) * n_trained,
         f"trained weights in {name} to compute with, gradients in float32 before clipping",
     )
-    if n_shards > 1:
+    if n_shards > 1:  # a rank computes with a block while it receives the next
         shards = f" / {n_shards} shards"
         gathered = Part(
             2 * dtype.itemsize * (root + block),
             f"{name} weights of embedding and head, of a block and the next, as they are received",
         )
+    # one gradient in the dtype as computed, in float32 as sent, and in float32 as received
     reduced = (dtype.itemsize + 8) * max(trained_of_root, trained_of_block)
     activations = kept + whole / len(blocks)
     is_recomputed = args.activation_checkpointing
@@ -1502,13 +1505,13 @@ def run(args: Namespace) -> dict:
     rm.start_processes()
     if args.tensorboard:
         import_tensorboard()
-    names = dict.fromkeys([args.train, *args.test, *([args.valid] if args.valid else [])])
+    names = dict.fromkeys(filter(None, [args.train, *args.test, args.valid]))
     data = {name: rm.read_pairs(name, args.skip_bad, args.critiques) for name in names}
     folder = Path(rm.on_rank_zero(lambda: str(claim_folder(args))))
     lock = lock_folder(folder)
     # as rank 0 sees it: another machine may see a shared folder late
     old = None if args.overwrite else rm.on_rank_zero(lambda: read_run(folder / "run.json"))
-    if old and "summary" in old:
+    if old and "summary" in old:  # before a model is built: template and base are not known yet
         check_same_run(old, old | {"arguments": vars(args), "data": digest_data(data)})
         log(f"{folder} is finished")
         return old["summary"]

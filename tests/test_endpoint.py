@@ -129,8 +129,20 @@ def test_a_wrong_address_is_one_line_soon(host, run, monkeypatch):
     result = run(None, "--base-url", f"http://{host}/v1")
     assert result.code == 1 and time.monotonic() - started_at < 5
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
-    assert result.stderr.startswith(f"http://{host}/v1/chat/completions: ")
+    assert result.stderr.startswith(f"generate.py: http://{host}/v1/chat/completions: ")
     assert "OPENAI_API_KEY" in result.stderr
+
+
+def test_a_debugging_developer_sees_the_traceback_of_an_error(run, monkeypatch):
+    monkeypatch.setenv("CRITIQUE_RM_DEBUG", "1")
+    result = run(None, "--base-url", "http://127.0.0.1:1/v1", pairs="missing.jsonl")
+    assert result.code == 1 and "Traceback" in result.stderr
+    assert result.stderr.endswith("generate.py: missing.jsonl: no such file\n")
+
+
+def test_a_failure_says_its_reason_and_detail():
+    assert str(generate.Failed("content_filter", "x")) == "content_filter: x"
+    assert str(generate.Stopped("stopped")) == "stopped"
 
 
 def test_a_server_that_was_reached_before_is_waited_for_longer():

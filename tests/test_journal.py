@@ -121,7 +121,7 @@ def test_the_input_and_foreign_files_are_never_overwritten(serve, run):
     before = Path("pairs.jsonl").read_text()
     for output in ("pairs.jsonl", "link.jsonl", "foreign.jsonl"):
         result = run(serve(), output=output)
-        assert result.code == 1 and result.stderr.startswith(f"{output}: ")
+        assert result.code == 1 and result.stderr.startswith(f"generate.py: {output}: ")
     assert Path("pairs.jsonl").read_text() == before
     assert Path("foreign.jsonl").read_text() == "mine\n"
 
@@ -134,7 +134,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_journal_whole(serve, run):
     child.join()
     stderr = Path("stderr.txt").read_text()
     assert child.exitcode == 1 and "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("out.jsonl.journal: File too large")
+    assert stderr.splitlines()[-1].startswith("generate.py: out.jsonl.journal: File too large")
     n_kept = len(read_rows("out.jsonl.journal"))
     assert 5 <= n_kept <= 10
     assert run(server).counts["requested"] == 40 - n_kept

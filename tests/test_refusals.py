@@ -28,7 +28,7 @@ def test_hopeless_errors_stop_the_run_with_one_line(reply, expected, serve, run)
     result = run(server, "--workers", "2")
     assert result.code == 1 and server.n_requests <= 10 + generate.MIN_GIVEN_UP + 6
     assert result.stderr == (
-        f"{server.url}/chat/completions: {expected}; "
+        f"generate.py: {server.url}/chat/completions: {expected}; "
         "check the URL, --model, OPENAI_API_KEY\n"
     )
     assert len(read_rows("out.jsonl.journal")) == 10 and not os.path.exists("out.jsonl")

@@ -119,4 +119,4 @@ def test_what_holds_neither_pairs_nor_answers_alone_is_refused(rows, flags, mess
     result = run(server, *flags)
     assert (result.code, server.n_requests) == (1, 0) and not Path("out.jsonl").exists()
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"pairs.jsonl:{message}")
+    assert line.startswith(f"generate.py: pairs.jsonl:{message}")
