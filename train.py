@@ -1049,11 +1049,10 @@ def train(
                 for name, test in tests.items():
                     scores = rm.score_pairs(model, test, args.micro_batch_tokens)
                     log(f"step {n_done}: {name}: accuracy {accuracy(scores):.4f}")
-            is_due = is_main and time.monotonic() - saved_at > SAVE_EVERY_SECONDS
-            events = torch.tensor([len(stopped), is_due])
-            dist.all_reduce(events)  # a signal may reach one rank only, or one before another
-            interrupted, is_due = events.tolist()
-            is_due = is_due or last or n_done % args.save_every_steps == 0
+            is_late = is_main and time.monotonic() - saved_at > SAVE_EVERY_SECONDS
+            # a signal may reach one rank only, or one before another
+            interrupted, is_late = on_any_rank(bool(stopped), is_late)
+            is_due = is_late or last or n_done % args.save_every_steps == 0
             if interrupted or is_due or best_step(evaluations, n_done) == n_done:
                 save_checkpoint(folder, n_done, model, optimizer, evaluations)
                 saved_at = time.monotonic()
@@ -1067,6 +1066,13 @@ def train(
         return None
     load_best(folder, best, model)
     return {"step": best, **evaluations[best], "valid_pairs": len(valid)}
+
+
+def on_any_rank(*events: bool) -> list[bool]:
+    """For each event whether it has happened on any rank. A collective call."""
+    counts = torch.tensor(events, dtype=torch.int32)
+    dist.all_reduce(counts)
+    return [count > 0 for count in counts.tolist()]
 
 
 def validate(model: PreTrainedModel, valid: list[EncodedPair], args: Namespace) -> dict[str, float]:
