@@ -116,9 +116,12 @@ def log_error(script: str, error: BaseException) -> None:
     """
     if os.environ.get("CRITIQUE_RM_DEBUG"):
         traceback.print_exception(error)
-    rank = "" if os.environ.get("LOCAL_RANK", "0") == "0" else f"rank {os.environ['RANK']}: "
-    if not rank or not isinstance(error, CritiqueRMError):
-        print(f"{script}: {rank}{_first_line(error)}", file=sys.stderr, flush=True)
+    where = script
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_first:
+        where += f": rank {os.environ['RANK']}"
+    if is_first or not isinstance(error, CritiqueRMError):
+        print(f"{where}: {_first_line(error)}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:
@@ -2116,6 +2119,16 @@ def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.
         )
     shape, names = (n // shard_group, shard_group), ("replicate", "shard")
     return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives what was freed on a CPU back to the system, where the C library is glibc.
+
+    Small tensors of many sizes leave holes in its heap, which it hardly fills: over 150 steps of
+    SmolLM2-135M in bf16 a process grew from 5 to 7.5 GB.
+    """
+    if device.type == "cpu" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def barrier(place: str, minutes: float = 30) -> None:

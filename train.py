@@ -855,9 +855,11 @@ def pairs_of_step(pairs: list[EncodedPair], step: int, args: Namespace) -> list[
     """The pairs of a step: their order is a function of (seed, epoch) alone."""
     n_per_epoch = math.ceil(len(pairs) / args.batch_pairs)
     epoch, step_of_epoch = divmod(step, n_per_epoch)
-    order = np.random.default_rng([args.seed, epoch]).permutation(len(pairs))
+    rng = np.random.default_rng([args.seed, epoch])
+    order = rng.permutation(len(pairs))
     start = step_of_epoch * args.batch_pairs
-    return [pairs[n] for n in order[start : start + args.batch_pairs]]
+    of_step = order[start : start + args.batch_pairs]
+    return [pairs[n] for n in of_step]
 
 
 def choose_sequences(encoded: EncodedPair, epoch: int, args: Namespace) -> list[list[np.ndarray]]:
@@ -920,6 +922,7 @@ def train_step(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    rm.release_memory(device)
     return {
         "loss": loss / len(pairs),
         "accuracy": correct / len(pairs),
@@ -1079,8 +1082,8 @@ def validate(model: PreTrainedModel, valid: list[EncodedPair], args: Namespace) 
     """Log loss, the mean of −log σ(r⁺ − r⁻), and accuracy on held-back pairs. A collective call."""
     scores = rm.score_pairs(model, valid, args.micro_batch_tokens)
     margins = np.array([score.chosen_reward - score.rejected_reward for score in scores])
-    log_loss = np.logaddexp(0, -margins).mean().item()
-    return {"valid_log_loss": log_loss, "valid_accuracy": accuracy(scores)}
+    log_losses = np.logaddexp(0, -margins)
+    return {"valid_log_loss": log_losses.mean().item(), "valid_accuracy": accuracy(scores)}
 
 
 @dataclass
