@@ -246,7 +246,7 @@ def test_adapters_are_not_resumed_on_other_weights(small, finished, mesh, tmp_pa
 def test_adapters_of_what_has_no_weights_or_no_linear_layers_are_refused(make_config, capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(["--lora-rank", "4"])
-    assert "--lora-rank goes with --model" in capsys.readouterr().err
+    assert "--lora-rank needs a pretrained --model" in capsys.readouterr().err
     with torch.device("meta"):
         model = rm.make_model(make_config("GPT2", n_embd=32, n_layer=1, n_head=2))
     model.compute_dtype = torch.float32
