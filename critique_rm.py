@@ -303,6 +303,7 @@ class Notes:
         self.made_ids: Counter[str] = Counter()
 
     def log(self, source: str) -> None:
+        """Says it on stderr."""
         for sentence, n in self.sentences.items():
             log(f"{source}: {sentence.format(n=n)}")
         ignored = []

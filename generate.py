@@ -212,8 +212,9 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         type=positive_int,
         metavar="N",
-        help="length of an answer in tokens, at most; when it is raised, the same command asks "
-        "again only for answers that were cut off",
+        help="length of an answer in tokens, at most; an answer that is cut off is asked for once "
+        "more with twice the limit; when N is raised, the same command asks again only for answers "
+        "that were cut off",
     )
     add(
         "--extra-body",
@@ -270,6 +271,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Calls `refuse` with the first thing that is wrong about the arguments."""
     taken = {"model", "messages", "n", "stream", "max_tokens", "max_completion_tokens"}
     if not args.output:
         refuse("--output must name a file")
@@ -1593,6 +1595,7 @@ def report_style(keys: Collection[str], journal: Journal) -> None:
 
 
 def report_position_bias(rows: list[dict]) -> None:
+    """Says how often the judge prefers what is shown first, and changes its mind with the order."""
     n_pairs = n_first = n_turned = 0
     for row in rows:
         verdicts = row["verdicts"]

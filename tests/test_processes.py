@@ -1,6 +1,9 @@
 """Devices, dtypes, and several processes, which train and score what one does."""
 
+import ctypes
+import os
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,3 +114,26 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     _, out, _ = run_script(script)
     assert out.startswith("rank 1 did not come to the start within 0.01 minutes")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc, as on Linux")
+def test_a_step_on_a_cpu_gives_freed_memory_back(monkeypatch, model_and_pairs):
+    """400 MB in blocks of 64 KB, of which every 64th stays and keeps the heap from shrinking."""
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [bytearray(2**16) for _ in range(6400)]
+    kept = blocks[::64]
+    del blocks
+    before = resident_bytes()
+    rm.release_memory(torch.device("cuda"))  # whose memory is not the C library's
+    assert before - resident_bytes() < 100e6
+    rm.release_memory(CPU)
+    assert before - resident_bytes() > 300e6 and len(kept) == 100
+    devices = []
+    monkeypatch.setattr(rm, "release_memory", devices.append)
+    args, model, pairs = model_and_pairs
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train.train_step(model, optimizer, pairs, 0, args)
+    assert devices == [CPU]
