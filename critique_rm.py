@@ -25,6 +25,7 @@ Shapes: B pairs, S sequences, R rows, T tokens in a row, H hidden size.
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import difflib
 import gzip
@@ -2111,6 +2112,8 @@ def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.
         hours = timedelta(hours=3)  # ranks wait for one to download or to write the whole model
         dist.init_process_group(backend, timeout=hours, **({} if "RANK" in os.environ else alone))
         _cpu_group()  # while all are here
+        if dist.get_world_size() == 1:
+            atexit.register(_leave_group)
     n = dist.get_world_size()
     if not shard_group:
         return device, dist.init_device_mesh(device.type, (n,))
@@ -2120,6 +2123,16 @@ def start_processes(shard_group: int | None = None) -> tuple[torch.device, dist.
         )
     shape, names = (n // shard_group, shard_group), ("replicate", "shard")
     return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def _leave_group() -> None:
+    """Ends the process group of a process alone while Python still runs.
+
+    A thread of the group that is left with the last reference to a tensor aborts the program
+    otherwise, now and then (pytorch/pytorch#190489), and NCCL warns.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def release_memory(device: torch.device) -> None:

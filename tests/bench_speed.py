@@ -399,3 +399,4 @@ if __name__ == "__main__":
         print(json.dumps(sides[sys.argv[1]](*sys.argv[2:])))
     else:
         main()
+    rm.leave(0)  # threads of libraries may abort an ordinary exit

@@ -116,6 +116,21 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, monkeypatch):
     assert out.startswith("rank 1 did not come to the start within 0.01 minutes")
 
 
+def test_a_program_that_ends_leaves_its_process_group_first(tmp_path):
+    """Or a thread of the group may abort it: once in 150 times in a script that gathers, then ends."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import critique_rm as rm\n"
+        "atexit.register(lambda: print(rm.dist.is_initialized()))  # called after those of later\n"
+        "rm.start_processes()\n"
+        "print(rm.dist.is_initialized())\n"
+    )
+    code, out, _ = run_script(script)
+    assert (code, out.split()) == (0, ["True", "False"])
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc, as on Linux")
 def test_a_step_on_a_cpu_gives_freed_memory_back(monkeypatch, model_and_pairs):
     """400 MB in blocks of 64 KB, of which every 64th stays and keeps the heap from shrinking."""
