@@ -38,6 +38,7 @@ import resource
 import secrets
 import shutil
 import signal
+import sys
 import time
 import zlib
 from argparse import Namespace
@@ -260,7 +261,8 @@ def add_computing_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--activation-checkpointing",
         action="store_true",
-        help="compute activations twice instead of keeping them: less memory, a third more time",
+        help="compute activations twice instead of keeping them: less memory, a third more time "
+        "(half more with --lora-rank)",
     )
     add(
         "--shard-group",
@@ -587,6 +589,8 @@ def prepare_model(
     else:
         rm.read_weights(model, source, device, args.seed, args.new_head)
         init_adapters(model, args.seed)
+    if args.lora_rank:
+        log_unadapted(model)
     rm.set_mode(model, args.activation_checkpointing)
     return model, encoder
 
@@ -634,6 +638,16 @@ def add_adapters(model: PreTrainedModel, args: Namespace) -> None:
             f"the blocks of a {model.config.model_type} model have no layer of torch.nn.Linear for "
             "--lora-rank to adapt; train all weights, or take another model"
         )
+
+
+def log_unadapted(model: PreTrainedModel) -> None:
+    """Says how many weights of the blocks get no adapter: experts stacked in one tensor, mostly."""
+    n = 0
+    for module in rm.find_blocks(rm.trunk_and_head(model)[0]).modules():
+        if not isinstance(module, AdaptedLinear):
+            n += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+    if n:
+        log(f"{n:,} frozen weights of the blocks are in no torch.nn.Linear, and get no adapter")
 
 
 def adapted_layers(model: PreTrainedModel) -> dict[str, AdaptedLinear]:
@@ -1271,11 +1285,13 @@ text = score.tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def peak_memory_gb() -> float:
-    """The largest peak of any rank: device memory on CUDA, resident memory elsewhere."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """The largest peak of any rank, in 10⁹ bytes like `--plan`: on CUDA device, else resident memory."""
+    n_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "darwin":  # macOS counts bytes, Linux units of 1,024
+        n_bytes *= 1024
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    peak = torch.tensor(peak, dtype=torch.float64)
+        n_bytes = torch.cuda.max_memory_allocated()
+    peak = torch.tensor(n_bytes / 1e9, dtype=torch.float64)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return round(peak.item(), 3)
 

@@ -353,9 +353,9 @@ def train_with_trl(model: str, file: str, micro_pairs: str, dtype: str, how: str
         trainer.add_callback(Clock())
         trainer.train()
         seconds = time.perf_counter() - started[-1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     if device().type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated() / 1e9
     return {"pairs": len(trainer.train_dataset), "seconds": seconds, "peak_gb": peak}
 
 

@@ -243,6 +243,18 @@ def test_adapters_are_not_resumed_on_other_weights(small, finished, mesh, tmp_pa
         run_here(*flags)
 
 
+def test_experts_in_one_tensor_get_no_adapter_and_are_counted(make_config, capsys):
+    config = make_config("Mixtral", num_local_experts=2)
+    model = rm.make_model(config)
+    model.compute_dtype = torch.float32
+    train.add_adapters(model, arguments("x"))
+    train.log_unadapted(model)
+    n = sum(p.numel() for name, p in model.named_parameters()
+            if "layers" in name and p.dim() > 1 and "attn" not in name)
+    assert n > 0
+    assert capsys.readouterr().err.startswith(f"{n:,} frozen weights of the blocks are in no")
+
+
 def test_adapters_of_what_has_no_weights_or_no_linear_layers_are_refused(make_config, capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(["--lora-rank", "4"])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,14 @@ def test_out_of_memory_is_one_line_of_advice(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert train.main() == 1
     assert capsys.readouterr().err.startswith("train.py: out of memory; lower --micro-batch-tokens")
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
+def test_measured_memory_is_in_the_unit_of_the_plan(mesh, monkeypatch, platform, unit):
+    monkeypatch.setattr(sys, "platform", platform)
+    usage = SimpleNamespace(ru_maxrss=2_500_000_000 // unit)
+    monkeypatch.setattr(train.resource, "getrusage", lambda who: usage)
+    assert train.peak_memory_gb() == 2.5
 
 
 def test_a_plan_counts_what_a_real_model_keeps():
