@@ -628,6 +628,7 @@ def add_adapters(model: PreTrainedModel, args: Namespace) -> None:
     """Freezes the trunk and gives each linear layer of its blocks an adapter, not yet filled."""
     rm.freeze(model)
     trunk, _ = rm.trunk_and_head(model)
+    trunk.get_input_embeddings().register_forward_hook(_require_gradient)
     for block in rm.find_blocks(trunk):
         for path, module in list(block.named_modules()):
             if type(module) is nn.Linear:
@@ -638,6 +639,12 @@ def add_adapters(model: PreTrainedModel, args: Namespace) -> None:
             f"the blocks of a {model.config.model_type} model have no layer of torch.nn.Linear for "
             "--lora-rank to adapt; train all weights, or take another model"
         )
+
+
+def _require_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    """Makes the first block, which reads frozen embeddings, like the others: compiled once for all."""
+    if torch.is_grad_enabled():
+        output.requires_grad_()
 
 
 def log_unadapted(model: PreTrainedModel) -> None:

@@ -243,6 +243,19 @@ def test_adapters_are_not_resumed_on_other_weights(small, finished, mesh, tmp_pa
         run_here(*flags)
 
 
+def test_all_blocks_are_compiled_for_the_same_input(finished, mesh):
+    """A first block without a gradient doubled the graphs, up to PyTorch's limit of 8."""
+    args, model, _, pairs = prepare(finished.folder)
+    seen = []
+    for block in rm.find_blocks(rm.trunk_and_head(model)[0]):
+        block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].requires_grad))
+    rm.score_pairs(model, pairs, 512)
+    assert len(seen) > 1 and not any(seen)
+    seen.clear()
+    train.train_step(model, train.make_optimizer(model, args), pairs, 0, args)
+    assert len(seen) > 1 and all(seen)
+
+
 def test_experts_in_one_tensor_get_no_adapter_and_are_counted(make_config, capsys):
     config = make_config("Mixtral", num_local_experts=2)
     model = rm.make_model(config)
